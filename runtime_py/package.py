@@ -1,0 +1,156 @@
+"""Open a package: find its model file, check that it is ours, read what its metadata says."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Sequence as Many
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnxruntime as ort
+
+from runtime_py.errors import InputError, PackageError
+
+MODEL_FILE = "model.onnx"
+VERSION = "1"
+CPU = "CPUExecutionProvider"
+AGAIN = "export the checkpoint again with this version of phi4export"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """What the runtime needs of the model's ``sambay.config`` metadata.
+
+    Attributes:
+        sliding_window: slots of a window layer's ring.
+        eos_token_ids: any of them ends an answer.
+        context_length: tokens the model was made for; beyond it a sequence warns.
+        max_position_embeddings: tokens no sequence may exceed.
+    """
+
+    vocab_size: int
+    sliding_window: int
+    eos_token_ids: tuple[int, ...]
+    context_length: int
+    max_position_embeddings: int
+
+
+def find_model(path: str | os.PathLike[str]) -> Path:
+    """Path of the model file: ``path`` itself, or ``model.onnx`` in the folder ``path``.
+
+    Raises:
+        PackageError: there is no such file.
+    """
+    given = Path(path)
+    if given.is_file():
+        return given
+    if not given.exists():
+        raise PackageError(f"{given} does not exist; give a package folder or its {MODEL_FILE}")
+    if (given / MODEL_FILE).is_file():
+        return given / MODEL_FILE
+    raise PackageError(f"{given} holds no {MODEL_FILE}; give the folder that phi4export wrote")
+
+
+def open_model(
+    path: Path, *, threads: int | None, providers: Many[str] | None
+) -> ort.InferenceSession:
+    """Load a model file into ONNX Runtime.
+
+    Args:
+        path: an existing file.
+        threads: of one operator; None takes one a physical core.
+        providers: execution providers, best first; None takes the CPU.
+
+    Raises:
+        InputError: threads is below 1, or a provider is not in this ONNX Runtime.
+        PackageError: the file cannot be read as a model.
+    """
+    if threads is not None and threads < 1:
+        raise InputError(f"threads is {threads}; give 1 or more")
+    for name in providers or ():
+        if name not in ort.get_available_providers():
+            known = ", ".join(ort.get_available_providers())
+            raise InputError(f"this ONNX Runtime has no provider {name!r}; it has {known}")
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads or _physical_cores()
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 4  # an error arrives as an exception, told once
+    try:
+        return ort.InferenceSession(str(path), options, providers=list(providers or (CPU,)))
+    except Exception as error:  # ONNX Runtime's exceptions share no narrower base
+        reason = " ".join(str(error).split())[:300]
+        raise PackageError(
+            f"{path} cannot be read as a model ({reason}); copy or export the package again"
+        ) from error
+
+
+def read_metadata(path: Path, model: ort.InferenceSession) -> tuple[Config, bool]:
+    """Sizes of the model, and whether it gives the logits of all tokens.
+
+    Raises:
+        PackageError: the model is not one of ours, or is of another version.
+    """
+    metadata = model.get_modelmeta().custom_metadata_map
+    version = metadata.get("sambay.version")
+    if version is None:
+        raise PackageError(
+            f"{path} is an ONNX model, but has no sambay.version in its metadata; "
+            "give a package that phi4export wrote"
+        )
+    if version != VERSION:
+        raise PackageError(
+            f"{path} has sambay.version {version!r}, this runtime reads {VERSION!r}; {AGAIN}"
+        )
+    try:
+        told = json.loads(metadata["sambay.config"])
+        sizes = {field.name: told[field.name] for field in dataclasses.fields(Config)}
+        sizes["eos_token_ids"] = tuple(int(token) for token in sizes["eos_token_ids"])
+        all_logits = {"last": False, "all": True}[metadata["sambay.logits"]]
+    except (KeyError, TypeError, ValueError) as error:
+        raise PackageError(
+            f"{path}: metadata sambay.config or sambay.logits is incomplete ({error!r}); {AGAIN}"
+        ) from error
+    return Config(**sizes), all_logits
+
+
+def fingerprint(path: Path) -> str:
+    """Digest of a model file and the weights beside it (same name, then ``.data``).
+
+    Graphs of two checkpoints may be equal byte for byte, so weights count too. Of a large file
+    evenly spread blocks stand for the whole: reading gigabytes would take longer than a session.
+    """
+    block, blocks = 1 << 16, 256  # 16 MiB of a file at most
+    digest = hashlib.sha256()
+    for file in (path, path.with_name(path.name + ".data")):
+        if not file.is_file():
+            continue
+        size = file.stat().st_size
+        digest.update(f"{size};".encode())
+        stride = max(block, size // blocks)
+        with file.open("rb") as stream:
+            for offset in range(0, size, stride):
+                stream.seek(offset)
+                digest.update(stream.read(block))
+    return digest.hexdigest()
+
+
+def _physical_cores() -> int:
+    """Cores this process may use, each counted once; 0, ONNX Runtime's own count, if unknown.
+
+    A second thread on one core only adds waiting, and ONNX Runtime's count ignores that a
+    container may have been given fewer cores than the machine has.
+    """
+    if not hasattr(os, "sched_getaffinity"):
+        return 0
+    cpus = os.sched_getaffinity(0)
+    try:
+        cores = {
+            Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text()
+            for cpu in cpus
+        }
+    except OSError:
+        return len(cpus)
+    return len(cores)

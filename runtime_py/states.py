@@ -1,0 +1,178 @@
+"""The tensors a sequence carries from one call to the next.
+
+The model file is the contract: ``past_key_values.3.conv_state`` goes in and comes back as
+``present.3.conv_state``. Nothing here knows which layer is attention and which is a scan; the
+name of a dimension says how long it is: ``batch``, ``window`` (fixed) or ``capacity`` (grows).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+
+from runtime_py.errors import PackageError
+
+PAST, PRESENT, MASK = "past_key_values.", "present.", "attention_mask"
+GROWING = "capacity"
+DTYPES: dict[str, np.dtype[Any]] = {
+    "tensor(float)": np.dtype(np.float32),
+    "tensor(float16)": np.dtype(np.float16),
+    "tensor(int8)": np.dtype(np.int8),
+}
+BLOCK = 256  # slots; capacities are multiples of it
+GROWTH = 1.25  # amortises copying to at most 5 copies of a slot, wastes at most a quarter
+
+
+@dataclass(frozen=True)
+class State:
+    """One state: its two names in the graph, its axes (sizes or dimension names), its dtype."""
+
+    past: str
+    present: str
+    axes: tuple[int | str, ...]
+    dtype: np.dtype[Any]
+
+    @property
+    def grows(self) -> bool:
+        """Whether it holds one slot for every token of the sequence."""
+        return GROWING in self.axes
+
+    def zeros(self, sizes: Mapping[str, int]) -> np.ndarray:
+        """A fresh state. Pages of a large one take memory only once they are written.
+
+        Zeros, also where no token was written yet: attention multiplies unused slots by 0, and
+        0 times a NaN left in the memory would be NaN.
+        """
+        shape = tuple(sizes[axis] if isinstance(axis, str) else axis for axis in self.axes)
+        return np.zeros(shape, self.dtype)
+
+    def copy(self, array: np.ndarray, sizes: Mapping[str, int], used: int) -> np.ndarray:
+        """A copy of ``array`` in fresh memory of the given sizes.
+
+        Of a growing state the first ``used`` slots are copied and the others are zeros.
+        """
+        fresh = self.zeros(sizes)
+        fresh[self.used(used)] = array[self.used(used)]
+        return fresh
+
+    def used(self, slots: int) -> tuple[slice, ...]:
+        """Index of the part of the array that holds something after ``slots`` tokens."""
+        return tuple(slice(slots) if axis == GROWING else slice(None) for axis in self.axes)
+
+
+def find_states(inputs: Iterable[Any], outputs: Iterable[Any]) -> tuple[State, ...]:
+    """Pair every past input of a model with its present output.
+
+    Args:
+        inputs, outputs: what ONNX Runtime tells of them: name, shape and type.
+
+    Raises:
+        PackageError: a state would be lost, or its shape or dtype is none of the contract's.
+    """
+    produced = {output.name for output in outputs}
+    states = []
+    for past in inputs:
+        if not past.name.startswith(PAST):
+            continue
+        present = past.name.replace(PAST, PRESENT, 1)
+        if present not in produced:
+            raise PackageError(
+                f"input {past.name!r} has no output {present!r}: export the model again"
+            )
+        axes = tuple(past.shape)
+        if past.type not in DTYPES or not set(axes) <= {"batch", "window", GROWING, *_sizes(axes)}:
+            raise PackageError(
+                f"input {past.name!r} is {past.type} {list(axes)}; expected a float, float16 or "
+                "int8 tensor of sizes, 'batch', 'window' and 'capacity': export the model again"
+            )
+        states.append(State(past.name, present, axes, DTYPES[past.type]))
+    return tuple(states)
+
+
+def grown_capacity(capacity: int, needed: int, most: int) -> int:
+    """Slots to have next, when ``needed`` of them are more than the ``capacity`` there is.
+
+    Args:
+        capacity: slots there are, 0 at the start.
+        needed: slots that must be there, at most ``most``.
+        most: tokens no sequence may exceed.
+    """
+    wanted = min(max(needed, int(capacity * GROWTH)), most)
+    return -(-wanted // BLOCK) * BLOCK
+
+
+def _sizes(axes: Iterable[Any]) -> set[int]:
+    return {axis for axis in axes if isinstance(axis, int)}
+
+
+@dataclass(frozen=True)
+class Buffers:
+    """The arrays a sequence lives in, bound to a model's inputs and outputs.
+
+    Past and present of a state are the same memory: a run changes it in place.
+    """
+
+    model: ort.InferenceSession
+    states: tuple[State, ...]
+    window: int
+    arrays: tuple[np.ndarray, ...]  # one a state
+    mask: np.ndarray  # int64 [batch, capacity]: 1 a token; 0 padding, or not there yet
+    binding: Any  # ort.IOBinding; ids and logits are bound for each run
+
+    @staticmethod
+    def allocate(
+        model: ort.InferenceSession,
+        states: tuple[State, ...],
+        *,
+        window: int,
+        batch: int,
+        capacity: int,
+    ) -> Buffers:
+        """Zero states for ``batch`` rows of up to ``capacity`` tokens."""
+        sizes = {"batch": batch, "window": window, GROWING: capacity}
+        arrays = tuple(state.zeros(sizes) for state in states)
+        mask = np.zeros((batch, capacity), np.int64)
+        return Buffers(model, states, window, arrays, mask, _bind(model, states, arrays, mask))
+
+    @property
+    def capacity(self) -> int:
+        """Tokens there is room for."""
+        return self.mask.shape[1]
+
+    def grown(self, capacity: int, used: int) -> Buffers:
+        """Buffers with more room; those that do not grow are shared with these."""
+        return self._moved(capacity, used, share=True)
+
+    def forked(self, used: int) -> Buffers:
+        """Buffers with the same content that share nothing with these."""
+        return self._moved(self.capacity, used, share=False)
+
+    def _moved(self, capacity: int, used: int, *, share: bool) -> Buffers:
+        sizes = {"batch": len(self.mask), "window": self.window, GROWING: capacity}
+        arrays = tuple(
+            array if share and not state.grows else state.copy(array, sizes, used)
+            for state, array in zip(self.states, self.arrays, strict=True)
+        )
+        mask = np.zeros((len(self.mask), capacity), np.int64)
+        mask[:, :used] = self.mask[:, :used]
+        binding = _bind(self.model, self.states, arrays, mask)
+        return Buffers(self.model, self.states, self.window, arrays, mask, binding)
+
+
+def _bind(
+    model: ort.InferenceSession,
+    states: tuple[State, ...],
+    arrays: tuple[np.ndarray, ...],
+    mask: np.ndarray,
+) -> Any:
+    binding = model.io_binding()
+    binding.bind_cpu_input(MASK, mask)
+    for state, array in zip(states, arrays, strict=True):
+        value = ort.OrtValue.ortvalue_from_numpy(array)  # wraps the array, copies nothing
+        binding.bind_ortvalue_input(state.past, value)
+        binding.bind_ortvalue_output(state.present, value)
+    return binding
