@@ -1,0 +1,92 @@
+"""Every operator's portable body computes what its torch reference computes."""
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime
+import pytest
+import torch
+
+from export.ops import OPS
+from export.ops.custom_op import CustomOp, Sample
+
+
+def as_model(op: CustomOp, sample: Sample, outputs: int) -> bytes:
+    """One bare node and its functions, as an exported file holds them."""
+    types = {torch.float32: onnx.TensorProto.FLOAT, torch.int64: onnx.TensorProto.INT64}
+    names = [f"in{i}" for i, _ in enumerate(sample.tensors)]
+    inputs = [
+        onnx.helper.make_tensor_value_info(name, types[tensor.dtype], [None] * tensor.dim())
+        for name, tensor in zip(names, sample.tensors, strict=True)
+    ]
+    results = [f"out{i}" for i in range(outputs)]
+    node = onnx.helper.make_node(op.name, names, results, domain="ai.sambay", **sample.attributes)
+    values = [onnx.helper.make_tensor_value_info(name, 1, None) for name in results]
+    model = onnx.helper.make_model(
+        onnx.helper.make_graph([node], "one_node", inputs, values),
+        opset_imports=[onnx.helper.make_opsetid("", 20), onnx.helper.make_opsetid("ai.sambay", 1)],
+        functions=[ir.to_proto(function) for function in op.functions()],
+        ir_version=10,
+    )
+    return model.SerializeToString()
+
+
+def run_portable_body(op: CustomOp, sample: Sample, outputs: int) -> list[np.ndarray]:
+    session = onnxruntime.InferenceSession(
+        as_model(op, sample, outputs), providers=["CPUExecutionProvider"]
+    )
+    return session.run(None, {f"in{i}": t.numpy() for i, t in enumerate(sample.tensors)})
+
+
+def seeded_sample(op: CustomOp, seed: int) -> Sample:
+    torch.manual_seed(seed)
+    return op.sample()
+
+
+def reference_outputs(op: CustomOp, sample: Sample) -> list[torch.Tensor]:
+    outputs = op.torch_op(*sample.tensors, **sample.attributes)
+    return list(outputs) if isinstance(outputs, tuple) else [outputs]
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
+def test_portable_body_matches_the_reference(op: CustomOp, seed: int) -> None:
+    sample = seeded_sample(op, seed)
+    expected = reference_outputs(op, sample)
+    actual = run_portable_body(op, sample, len(expected))
+    for got, wanted in zip(actual, expected, strict=True):
+        assert got.shape == tuple(wanted.shape)
+        valid = ~np.isnan(wanted.numpy())
+        np.testing.assert_allclose(got[valid], wanted.numpy()[valid], atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
+def test_registration_is_sound(op: CustomOp) -> None:
+    sample = seeded_sample(op, 0)
+    torch.library.opcheck(op.torch_op, sample.tensors, sample.attributes)
+
+
+@pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
+def test_gradients_are_those_of_the_formula(op: CustomOp) -> None:
+    sample = seeded_sample(op, 1)
+    tensors = [t.requires_grad_(t.is_floating_point()) for t in sample.tensors]
+    outputs = op.torch_op(*tensors, **sample.attributes)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    weights = [torch.randn_like(output) for output in outputs]
+    loss = sum((output * weight).sum() for output, weight in zip(outputs, weights, strict=True))
+    leaves = [t for t in tensors if t.requires_grad]
+    gradients = torch.autograd.grad(loss, leaves)
+    step = 1e-2
+    for leaf, gradient in zip(leaves, gradients, strict=True):
+        direction = torch.randn_like(leaf)
+        values = []
+        for sign in (1, -1):
+            moved = [t + sign * step * direction if t is leaf else t for t in tensors]
+            with torch.no_grad():
+                results = op.torch_op(*moved, **sample.attributes)
+            results = results if isinstance(results, tuple) else (results,)
+            values.append(
+                sum((r.double() * w).sum() for r, w in zip(results, weights, strict=True))
+            )
+        slope = float((values[0] - values[1]) / (2 * step))
+        assert float((gradient * direction).sum()) == pytest.approx(slope, rel=2e-2, abs=2e-2)
