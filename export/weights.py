@@ -1,0 +1,40 @@
+"""A checkpoint's weights in the torch model: as numbers to compute with, or as names and dtypes only."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from export.checkpoint import Checkpoint
+from export.model import SambaY
+
+TORCH_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def load_weights(checkpoint: Checkpoint) -> SambaY:
+    """The model with its weights in memory, float32: for tests, verification and training."""
+    with torch.device("meta"):
+        model = SambaY(checkpoint.config, tied_head=checkpoint.tied_head)
+    for name, tensor in checkpoint.tensors.items():
+        with tensor.path.open("rb") as file:
+            file.seek(tensor.offset)
+            data = bytearray(file.read(tensor.nbytes))
+        stored = torch.frombuffer(data, dtype=TORCH_DTYPES[tensor.dtype]).reshape(tensor.shape)
+        _set_parameter(model, name, stored.float())
+    return model
+
+
+def fake_weights(checkpoint: Checkpoint, mode: FakeTensorMode) -> SambaY:
+    """The model with parameters of the stored shapes and dtypes that take no memory."""
+    with mode:
+        model = SambaY(checkpoint.config, tied_head=checkpoint.tied_head)
+        for name, tensor in checkpoint.tensors.items():
+            dtype = TORCH_DTYPES[tensor.dtype]
+            _set_parameter(model, name, torch.empty(tensor.shape, dtype=dtype))
+    return model.eval()
+
+
+def _set_parameter(model: SambaY, name: str, value: torch.Tensor) -> None:
+    owner, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(owner), leaf, nn.Parameter(value))
