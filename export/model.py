@@ -259,11 +259,11 @@ class SambaY(nn.Module):
         first, past_lengths, lengths = token_layout(attention_mask, tokens)
         offsets = torch.arange(tokens, device=input_ids.device)
         # Rows padded on the left are moved to the left; what remains behind is padding on the right.
-        source = (first[:, None] + offsets).clamp(max=tokens - 1)
+        source = (first.unsqueeze(1) + offsets).clamp(max=tokens - 1)
         hidden = functional.embedding(input_ids.gather(1, source), self.model.embed_tokens.weight)
         hidden = hidden.float()
-        positions = past_lengths[:, None] + offsets
-        last = (lengths - 1).clamp(min=0)[:, None]  # [batch, 1]
+        positions = past_lengths.unsqueeze(1) + offsets
+        last = (lengths - 1).clamp(min=0).unsqueeze(1)  # [batch, 1]
         present: States = []
         outputs: list[Tensor] = []
         for i, layer in enumerate(self.model.layers):
@@ -330,7 +330,7 @@ def token_layout(attention_mask: Tensor, tokens: int) -> tuple[Tensor, Tensor, T
     """
     columns = torch.arange(attention_mask.shape[1], device=attention_mask.device)
     real = attention_mask != 0
-    start = torch.where(real, columns + 1, 0).amax() - tokens
+    start = torch.where(real, columns + 1, 0).amax((0, 1)) - tokens
     inside = real & (columns >= start)
     before = (real & (columns < start)).sum(1)
     first = torch.where(inside, columns - start, tokens).amin(1)
@@ -339,4 +339,4 @@ def token_layout(attention_mask: Tensor, tokens: int) -> tuple[Tensor, Tensor, T
 
 def take_rows(x: Tensor, index: Tensor) -> Tensor:
     """x [batch, tokens, width] at index [batch, 1] -> [batch, 1, width]."""
-    return x.gather(1, index[:, :, None].expand(-1, -1, x.shape[2]))
+    return x.gather(1, index.unsqueeze(2).expand(-1, -1, x.shape[2]))
