@@ -60,36 +60,41 @@ def choose(logits: np.ndarray, sampling: Sampling, random: np.random.Generator) 
         raise ArithmeticError(f"logit {best} is {logits[best]}: the model's weights are broken")
     if sampling.temperature == 0:
         return best
-    # Into [0, 1]: neither a tiny temperature nor large logits can overflow.
-    with np.errstate(over="ignore"):
-        weights = np.exp((logits - logits[best]) / np.float32(sampling.temperature))
+    warmth = np.float32(max(sampling.temperature, 1e-30))  # a smaller one would become 0
+    weights = logits - logits[best]
+    with np.errstate(over="ignore"):  # far below the best: minus infinity, weight 0
+        np.exp(np.divide(weights, warmth, out=weights), out=weights)
     ids = nucleus(weights, sampling.top_p)
     sums = np.cumsum(weights[ids], dtype=np.float64)
-    place = np.searchsorted(sums, random.random() * sums[-1], side="right")
-    return int(ids[min(int(place), len(ids) - 1)])
+    return int(ids[np.searchsorted(sums, random.random() * sums[-1], side="right")])
 
 
 def nucleus(weights: np.ndarray, top_p: float) -> np.ndarray:
     """The fewest largest weights that reach ``top_p`` of their sum.
 
     Args:
-        weights: float32 [vocab], >= 0, not all 0.
+        weights: float32 [vocab], contiguous, >= 0, not all 0.
         top_p: in (0, 1].
 
     Returns:
-        Their indices, ascending; among equal weights the lowest indices.
+        Their indices, ascending; among equal weights the lowest come first.
     """
     total = weights.sum(dtype=np.float64)
-    # All weights below this floor together miss less than 1 - top_p: none of them can be in the
-    # nucleus. That leaves few to sort, unless the distribution is nearly flat.
+    # All weights below this floor together miss less than 1 - top_p, so none of them belongs to
+    # the nucleus. Little is left where the model is sure of itself.
     floor = (1 - top_p) * total / len(weights)
-    ids = np.flatnonzero(weights >= floor) if top_p < 1 else np.flatnonzero(weights)
+    ids = np.flatnonzero((weights >= floor) & (weights > 0))
     kept = weights[ids]
-    ascending = np.sort(kept)
-    sums = np.cumsum(ascending[::-1], dtype=np.float64)
-    count = min(int(np.searchsorted(sums, top_p * total)) + 1, len(ids))
-    smallest = ascending[-count]
-    inside = kept > smallest
-    ties = np.flatnonzero(kept == smallest)[: count - int(inside.sum())]
-    inside[ties] = True
+    # Where it is not, sorting would take long. The upper 16 bits of positive floats order them:
+    # sum by those, and sort only the weights that share the boundary's bits.
+    bits = (kept.view(np.uint32) >> 16).astype(np.intp)
+    sums = np.bincount(bits, weights=kept)[::-1].cumsum()  # [i]: the i + 1 topmost buckets
+    goal = min(top_p * total, sums[-1])
+    place = int(np.searchsorted(sums, goal))
+    edge = np.flatnonzero(bits == len(sums) - 1 - place)
+    edge = edge[np.argsort(-kept[edge], kind="stable")]  # lowest first among equals
+    missing = goal - (sums[place - 1] if place else 0)
+    count = int(np.searchsorted(np.cumsum(kept[edge], dtype=np.float64), missing)) + 1
+    inside = bits >= len(sums) - place
+    inside[edge[:count]] = True
     return ids[inside]

@@ -127,41 +127,29 @@ class Sequence:
         """Tokens int64 [batch, tokens], each row's moved to its left end, and how many they are."""
         self._settle()
         config, batch = self.session.config, self.batch
-        tokens = _integers(ids, "ids")
-        if tokens.ndim == 1 and batch == 1:
-            tokens = tokens[None]
+        tokens = _integers(ids, "ids", batch)
         if tokens.ndim != 2 or len(tokens) != batch:
             raise InputError(f"ids have shape {list(tokens.shape)}; expected [{batch}, tokens]")
         if tokens.shape[1] == 0:
             raise InputError("ids are empty; give at least one token")
-        if mask is None:
-            lengths = np.full(batch, tokens.shape[1])
-        else:
-            real = _integers(mask, "mask")
-            real = real[None] if real.ndim == 1 and batch == 1 else real
-            if real.shape != tokens.shape or not np.isin(real, (0, 1)).all():
-                raise InputError(
-                    f"mask has shape {list(real.shape)} and values {np.unique(real)[:4].tolist()}; "
-                    f"expected {list(tokens.shape)} of 0 and 1"
-                )
-            # Stable sort: tokens first, in their order. Columns of padding alone fall away.
-            order = np.argsort(1 - real, axis=1, kind="stable")
-            lengths = real.sum(axis=1)
-            columns = np.arange(lengths.max())
-            tokens = np.take_along_axis(tokens, order, axis=1)[:, : len(columns)]
-            tokens = np.where(columns < lengths[:, None], tokens, 0)
-            never = (lengths == 0) & ~self._buffers.mask[:, : self._length].any(axis=1)
-            if never.any():
-                raise InputError(
-                    f"row {int(never.argmax())} has no token yet, only padding; give it one or more"
-                )
-        wrong = np.argwhere((tokens < 0) | (tokens >= config.vocab_size))
+        real = np.ones_like(tokens) if mask is None else _integers(mask, "mask", batch)
+        if real.shape != tokens.shape or not np.isin(real, (0, 1)).all():
+            raise InputError(
+                f"mask has shape {list(real.shape)} and values {np.unique(real)[:4].tolist()}; "
+                f"expected {list(tokens.shape)} of 0 and 1"
+            )
+        wrong = np.argwhere((real == 1) & ((tokens < 0) | (tokens >= config.vocab_size)))
         if len(wrong):
             row, column = wrong[0].tolist()
             raise InputError(
                 f"token id {tokens[row, column]} (row {row}, token {column}) is outside the "
                 f"vocabulary; ids are 0 to {config.vocab_size - 1}"
             )
+        never = ~(real.any(axis=1) | self._buffers.mask[:, : self._length].any(axis=1))
+        if never.any():
+            row = int(never.argmax())
+            raise InputError(f"row {row} has no token yet, only padding; give it at least one")
+        tokens, lengths = _aligned(tokens, real)
         total = self._length + tokens.shape[1]
         if total > config.max_position_embeddings:
             raise InputError(
@@ -175,7 +163,7 @@ class Sequence:
                 "for; its answers may get worse",
                 stacklevel=3,
             )
-        return np.ascontiguousarray(tokens, np.int64), lengths
+        return tokens, lengths
 
     def _feed(
         self,
@@ -250,11 +238,24 @@ class _Run:
     end: int  # columns fed once it is done
 
 
-def _integers(values: npt.ArrayLike, name: str) -> np.ndarray:
+def _aligned(tokens: np.ndarray, real: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Move padding behind the tokens of each row, and drop columns that are padding alone."""
+    lengths = real.sum(axis=1)
+    if real.all():
+        return tokens, lengths
+    columns = np.arange(lengths.max())
+    order = np.argsort(1 - real, axis=1, kind="stable")[:, : len(columns)]
+    moved = np.take_along_axis(tokens, order, axis=1)
+    return np.where(columns < lengths[:, None], moved, 0), lengths
+
+
+def _integers(values: npt.ArrayLike, name: str, batch: int) -> np.ndarray:
+    """As int64 [batch, tokens]; for one row the first axis may be left out."""
     try:
         array = np.asarray(values)
     except ValueError as error:  # rows of different lengths
         raise InputError(f"{name} form no rectangle ({error}); pad the rows, use mask") from error
     if array.size and not (np.issubdtype(array.dtype, np.integer) or array.dtype == bool):
         raise InputError(f"{name} are {array.dtype}; expected integers")
-    return array.astype(np.int64)
+    array = array.astype(np.int64)
+    return array[None] if array.ndim == 1 and batch == 1 else array
