@@ -91,6 +91,7 @@ def trace(checkpoint: Checkpoint, *, all_logits: bool = False) -> ir.Model:
     _rename_weights(traced)
     _fold_constants(traced)
     _split_rows(traced)
+    ir.passes.common.RemoveUnusedNodesPass()(traced)
     _bind_weights(traced, checkpoint)
     _attach_bodies(traced)
     traced.graph.name = "sambay"
@@ -129,7 +130,6 @@ def _fold_constants(model: ir.Model) -> None:
         # None: the folder's own limits decide
         should_fold=lambda node: False if weights.intersection(node.inputs) else None,
     )
-    ir.passes.common.RemoveUnusedNodesPass()(model)
 
 
 def _rename_weights(model: ir.Model) -> None:
