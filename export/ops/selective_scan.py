@@ -17,30 +17,45 @@ from onnxscript import opset20 as op
 from export.ops.custom_op import DOMAIN, CustomOp, Sample, make_trainable
 
 
-class _LinearRecurrence(torch.autograd.Function):
-    """h_t = a_t h_{t-1} + b_t along axis 1; gradients run backwards over the kept h."""
+class _Scan(torch.autograd.Function):
+    """h_t = exp(delta_t A) h_{t-1} + drive_t B_t^T, read by C_t; gradients run backwards over the kept h.
+
+    A step's tensors [batch, channels, states] stay in a processor's cache: whole sequences of
+    decays and their gradients are never stored, which makes training several times faster.
+    """
 
     @staticmethod
-    def forward(ctx, a, b, initial):  # a, b [batch, tokens, channels, states]
-        h = torch.empty_like(b)
+    def forward(ctx, delta, drive, A, B, C, initial):
+        # delta, drive [tokens, batch, channels]; B, C [tokens, batch, states]
+        h = delta.new_empty(*delta.shape, A.shape[1])
+        decay = torch.empty_like(h[0])
         state = initial
-        for t in range(b.shape[1]):
-            state = torch.addcmul(b[:, t], a[:, t], state)
-            h[:, t] = state
-        ctx.save_for_backward(a, h, initial)
-        return h
+        for t in range(delta.shape[0]):
+            torch.mul(delta[t, :, :, None], A, out=decay).exp_()
+            torch.mul(drive[t, :, :, None], B[t, :, None], out=h[t])
+            state = h[t].addcmul_(decay, state)
+        ctx.save_for_backward(delta, drive, A, B, C, initial, h)
+        return torch.einsum("tben,tbn->tbe", h, C), state.clone()
 
     @staticmethod
-    def backward(ctx, grad):
-        a, h, initial = ctx.saved_tensors
-        grad_b = torch.empty_like(h)
-        carried = torch.zeros_like(initial)
-        for t in range(h.shape[1] - 1, -1, -1):
-            carried = grad[:, t] + carried
-            grad_b[:, t] = carried
-            carried = carried * a[:, t]
-        before = torch.cat([initial[:, None], h[:, :-1]], dim=1)
-        return grad_b * before, grad_b, carried
+    def backward(ctx, grad_y, grad_last):
+        delta, drive, A, B, C, initial, h = ctx.saved_tensors
+        grad_delta, grad_drive = torch.empty_like(delta), torch.empty_like(drive)
+        grad_B = torch.empty_like(B)
+        carried = grad_last.clone()  # d loss / d h_t
+        decay, scratch = torch.empty_like(initial), torch.empty_like(initial)
+        sum_A = torch.zeros_like(initial)
+        for t in range(delta.shape[0] - 1, -1, -1):
+            carried.addcmul_(grad_y[t, :, :, None], C[t, :, None])
+            grad_drive[t] = (carried @ B[t, :, :, None])[..., 0]
+            grad_B[t] = (drive[t, :, None] @ carried)[:, 0]
+            torch.mul(delta[t, :, :, None], A, out=decay).exp_()
+            carried.mul_(decay)
+            torch.mul(carried, h[t - 1] if t else initial, out=scratch)  # of the exponent
+            grad_delta[t] = torch.mul(scratch, A, out=decay).sum(-1)
+            sum_A.addcmul_(scratch, delta[t, :, :, None])
+        grad_C = torch.einsum("tbe,tben->tbn", grad_y, h)
+        return grad_delta, grad_drive, sum_A.sum(0), grad_B, grad_C, carried
 
 
 def reference(
@@ -73,11 +88,11 @@ def reference(
     delta = torch.nn.functional.softplus(dt.float() + dt_bias.float())
     real = torch.arange(x.shape[1], device=x.device) < lengths[:, None]  # [batch, tokens]
     delta = torch.where(real[:, :, None], delta, 0.0)
-    a = torch.exp(delta[..., None] * A.float())  # [batch, tokens, channels, states]
-    b = (delta * wide)[..., None] * B.float()[:, :, None]
-    h = _LinearRecurrence.apply(a, b, past_state.float())
-    y = torch.einsum("bten,btn->bte", h, C.float()) + D.float() * wide
-    return y.to(x.dtype), h[:, -1].clone()
+    by_token = (delta, delta * wide, B.float(), C.float())
+    delta, drive, B, C = (each.transpose(0, 1).contiguous() for each in by_token)
+    scanned, last = _Scan.apply(delta, drive, A.float(), B, C, past_state.float())
+    y = (scanned.transpose(0, 1) + D.float() * wide).contiguous()
+    return y.to(x.dtype), last
 
 
 selective_scan = torch.library.custom_op("sambay::selective_scan", reference, mutates_args=())
