@@ -1,0 +1,1 @@
+"""Pure functions from model to model, one verb_noun a file. A target lists those it needs."""

@@ -1,0 +1,113 @@
+"""Store the embedding, and the output head that is tied to it, once, in 8 bits."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes import common
+
+from graph_passes.block_quantization import check_settings, count_blocks, quantized_tensors
+from graph_passes.pipeline import graph_pass
+from graph_passes.quantize_matmul import matmul_nbits
+from graph_passes.weight_path import add_initializer, find_weight, replace_node
+
+HEAD = "lm_head.weight"  # a head of its own, where a checkpoint has one
+
+
+@graph_pass
+def quantize_embedding(
+    model: ir.Model, *, bits: int, block_size: int, accuracy_level: int = 4
+) -> None:
+    """Quantize the embedding and the output head.
+
+    The embedding becomes com.microsoft.GatherBlockQuantized and the head MatMulNBits; a tied head
+    reads the embedding's very tensors. A width that is no multiple of block_size is filled up with
+    zeros in the file and cut after the Gather.
+
+    Args:
+        bits: 8; two values in a byte are read differently by the two operators.
+        block_size: neighbours in a row that share a scale.
+        accuracy_level: as in ``quantize_matmul``.
+
+    Raises:
+        ValueError: settings no runtime reads, or a model without an embedding.
+    """
+    check_settings(bits, block_size)
+    if bits != 8:
+        raise ValueError(f"quantize_embedding: bits is {bits}, expected 8")
+    graph = model.graph
+    embeddings = [node for node in graph if _is_embedding(node)]
+    if not embeddings:
+        raise ValueError("quantize_embedding: no Gather of rows of a weight: not a SambaY model")
+    tables = {node.inputs[0].name for node in embeddings if node.inputs[0] is not None} | {HEAD}
+    for node in list(graph):
+        path = find_weight(node.inputs[1]) if node.op_type == "MatMul" else None
+        if path is None or not path.transposed or path.weight.name not in tables:
+            continue
+        rows, columns = path.tensor.shape.numpy()
+        packed, scales = _quantized(graph, path.tensor, bits, block_size)
+        head = matmul_nbits(
+            node.inputs[0],
+            packed,
+            scales,
+            rows=rows,
+            columns=columns,
+            bits=bits,
+            block_size=block_size,
+            accuracy_level=accuracy_level,
+        )
+        replace_node(node, [head])
+    for node in embeddings:
+        _replace_gather(graph, node, bits, block_size)
+    model.opset_imports["com.microsoft"] = 1
+    common.RemoveUnusedNodesPass()(model)
+
+
+def _is_embedding(node: ir.Node) -> bool:
+    if node.op_type != "Gather" or node.attributes.get_int("axis", 0) != 0:
+        return False
+    table = node.inputs[0]
+    if table is None or table.const_value is None or len(table.const_value.shape) != 2:
+        return False
+    return table.const_value.dtype.is_floating_point()
+
+
+def _quantized(
+    graph: ir.Graph, weight: ir.TensorProtocol, bits: int, block_size: int
+) -> tuple[ir.Value, ir.Value]:
+    packed, scales = quantized_tensors(weight, bits=bits, block_size=block_size)
+    return add_initializer(graph, packed), add_initializer(graph, scales)
+
+
+def _replace_gather(graph: ir.Graph, node: ir.Node, bits: int, block_size: int) -> None:
+    ids, table = node.inputs[1], node.inputs[0].const_value  # type: ignore[union-attr]
+    assert table is not None
+    packed, scales = _quantized(graph, table, bits, block_size)
+    width = table.shape.numpy()[1]
+    filled = count_blocks(width, block_size) * block_size
+
+    def constant(name: str, *numbers: int) -> ir.Value:
+        tensor = ir.Tensor(np.array(numbers, np.int64), name=f"{table.name}.{name}")
+        return add_initializer(graph, tensor)
+
+    # The Gather wants its scales in the shape of its blocks; the head wants them flat.
+    # A runtime folds this Unsqueeze while loading.
+    aligned = ir.node("Unsqueeze", [scales, constant("last_axis", 2)])
+    gathered = ir.node(  # [batch, tokens, blocks, block_size]
+        "GatherBlockQuantized",
+        [packed, ids, aligned.outputs[0]],
+        {"gather_axis": 0, "quantize_axis": 2, "block_size": block_size, "bits": bits},
+        domain="com.microsoft",
+    )
+    rows = ir.node("Reshape", [gathered.outputs[0], constant("row_shape", 0, 0, filled)])
+    nodes = [aligned, gathered, rows]
+    if filled != width:
+        limits = [constant("row_start", 0), constant("row_stop", width), constant("last_axis", 2)]
+        nodes.append(ir.node("Slice", [rows.outputs[0], *limits]))
+    replace_node(node, nodes)
+    embedded = nodes[-1].outputs[0]
+    embedded.dtype = ir.DataType.FLOAT
+    for cast, _ in list(embedded.uses()):  # from the dtype the checkpoint stored
+        if cast.op_type == "Cast" and cast.attributes.get_int("to") == ir.DataType.FLOAT:
+            cast.outputs[0].replace_all_uses_with(embedded, replace_graph_outputs=True)
+            graph.remove(cast, safe=True)
