@@ -10,7 +10,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from collections.abc import Sequence as Many
-from contextlib import closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from typing import NoReturn
 
 from rich.console import Console
@@ -180,20 +180,19 @@ class Chat:
         least = 2 * self.conversation.session.chunk
         columns = (TextColumn("reading"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         bar = Bar(*columns, console=self.notes, transient=True)
-        task = bar.add_task("reading", total=None)
+        with ExitStack() as shown:
 
-        def show(done: int, total: int) -> None:
-            if total > least and self.notes.is_terminal:
-                if done < total:
-                    bar.start()
-                    bar.update(task, completed=done, total=total)
-                else:
-                    bar.stop()
+            def show(done: int, total: int) -> None:
+                if total <= least or not self.notes.is_terminal:
+                    return
+                if done == 0:
+                    shown.enter_context(bar)
+                    bar.add_task("reading", total=total)
+                bar.update(bar.task_ids[0], completed=done)
+                if done == total:  # before the answer begins
+                    shown.close()
 
-        try:
             yield show
-        finally:
-            bar.stop()
 
 
 def _note(message: Warning | str, *_: object, **__: object) -> None:

@@ -33,7 +33,8 @@ def generate(
             chat template, a text to continue.
         sampling: how tokens are chosen.
         max_new_tokens: most tokens of the answer; the model's context may end it earlier.
-        progress: called after each chunk of the prompt with tokens fed and tokens in all.
+        progress: called before the prompt is read and after each chunk of it, with the tokens fed
+            and the tokens in all.
 
     Returns:
         Pieces of the answer, none of them half a character. The prompt is checked at once and

@@ -74,7 +74,7 @@ class Sequence:
             ids: integers, [tokens] for a batch of one, else [batch, tokens]; one token or more.
             mask: as ids, 1 for a token and 0 for padding, which leaves no trace wherever it
                 stands; None takes all as tokens.
-            progress: called after each chunk.
+            progress: called before the first chunk and after each.
 
         Returns:
             float32 [batch, vocab], logits of each row's last token. A row that is all padding in
@@ -179,6 +179,8 @@ class Sequence:
             most = self.session.config.max_position_embeddings
             capacity = grown_capacity(self._buffers.capacity, self._length + count, most)
             self._buffers = self._buffers.grown(capacity, self._length)
+        if progress is not None:
+            progress(0, count)
         for start in range(0, count, self.session.chunk):
             part = np.ascontiguousarray(tokens[:, start : start + self.session.chunk])
             end = start + part.shape[1]

@@ -162,10 +162,10 @@ def test_returned_logits_are_the_callers(session):
     assert sequence.logits.any()
 
 
-def test_progress_is_told_after_each_chunk(session):
+def test_progress_is_told_before_and_after_each_chunk(session):
     told = []
     session.start().step([1] * 1200, progress=lambda *place: told.append(place))
-    assert told == [(512, 1200), (1024, 1200), (1200, 1200)]
+    assert told == [(0, 1200), (512, 1200), (1024, 1200), (1200, 1200)]
 
 
 @pytest.mark.parametrize(
