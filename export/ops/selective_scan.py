@@ -20,42 +20,40 @@ from export.ops.custom_op import DOMAIN, CustomOp, Sample, make_trainable
 class _Scan(torch.autograd.Function):
     """h_t = exp(delta_t A) h_{t-1} + drive_t B_t^T, read by C_t; gradients run backwards over the kept h.
 
-    A step's tensors [batch, channels, states] stay in a processor's cache: whole sequences of
+    A step's tensors [batch, states, channels] stay in a processor's cache: whole sequences of
     decays and their gradients are never stored, which makes training several times faster.
     """
 
     @staticmethod
     def forward(ctx, delta, drive, A, B, C, initial):
-        # delta, drive [tokens, batch, channels]; B, C [tokens, batch, states]
-        h = delta.new_empty(*delta.shape, A.shape[1])
+        # delta, drive [tokens, batch, 1, channels]; A [states, channels]; B, C [tokens, batch, states, 1]
+        h = delta.new_empty(*delta.shape[:2], *A.shape)
         decay = torch.empty_like(h[0])
         state = initial
         for t in range(delta.shape[0]):
-            torch.mul(delta[t, :, :, None], A, out=decay).exp_()
-            torch.mul(drive[t, :, :, None], B[t, :, None], out=h[t])
-            state = h[t].addcmul_(decay, state)
+            torch.mul(delta[t], A, out=decay).exp_()
+            state = torch.mul(drive[t], B[t], out=h[t]).addcmul_(decay, state)
         ctx.save_for_backward(delta, drive, A, B, C, initial, h)
-        return torch.einsum("tben,tbn->tbe", h, C), state.clone()
+        return C.transpose(2, 3) @ h, state.clone()
 
     @staticmethod
     def backward(ctx, grad_y, grad_last):
         delta, drive, A, B, C, initial, h = ctx.saved_tensors
         grad_delta, grad_drive = torch.empty_like(delta), torch.empty_like(drive)
         grad_B = torch.empty_like(B)
-        carried = grad_last.clone()  # d loss / d h_t
-        decay, scratch = torch.empty_like(initial), torch.empty_like(initial)
-        sum_A = torch.zeros_like(initial)
+        carried = grad_last.clone(memory_format=torch.contiguous_format)  # d loss / d h_t
+        decay, scratch = torch.empty_like(h[0]), torch.empty_like(h[0])
+        sum_A = torch.zeros_like(h[0])
         for t in range(delta.shape[0] - 1, -1, -1):
-            carried.addcmul_(grad_y[t, :, :, None], C[t, :, None])
-            grad_drive[t] = (carried @ B[t, :, :, None])[..., 0]
-            grad_B[t] = (drive[t, :, None] @ carried)[:, 0]
-            torch.mul(delta[t, :, :, None], A, out=decay).exp_()
+            carried.addcmul_(C[t], grad_y[t])
+            torch.bmm(B[t].mT, carried, out=grad_drive[t])
+            torch.bmm(carried, drive[t].mT, out=grad_B[t])
+            torch.mul(delta[t], A, out=decay).exp_()
             carried.mul_(decay)
             torch.mul(carried, h[t - 1] if t else initial, out=scratch)  # of the exponent
-            grad_delta[t] = torch.mul(scratch, A, out=decay).sum(-1)
-            sum_A.addcmul_(scratch, delta[t, :, :, None])
-        grad_C = torch.einsum("tbe,tben->tbn", grad_y, h)
-        return grad_delta, grad_drive, sum_A.sum(0), grad_B, grad_C, carried
+            torch.sum(torch.mul(scratch, A, out=decay), 1, keepdim=True, out=grad_delta[t])
+            sum_A.addcmul_(scratch, delta[t])
+        return grad_delta, grad_drive, sum_A.sum(0), grad_B, h @ grad_y.mT, carried
 
 
 def reference(
@@ -88,11 +86,21 @@ def reference(
     delta = torch.nn.functional.softplus(dt.float() + dt_bias.float())
     real = torch.arange(x.shape[1], device=x.device) < lengths[:, None]  # [batch, tokens]
     delta = torch.where(real[:, :, None], delta, 0.0)
-    by_token = (delta, delta * wide, B.float(), C.float())
-    delta, drive, B, C = (each.transpose(0, 1).contiguous() for each in by_token)
-    scanned, last = _Scan.apply(delta, drive, A.float(), B, C, past_state.float())
-    y = (scanned.transpose(0, 1) + D.float() * wide).contiguous()
-    return y.to(x.dtype), last
+    scanned, last = _Scan.apply(
+        _by_token(delta, -2),
+        _by_token(delta * wide, -2),
+        A.float().T.contiguous(),
+        _by_token(B.float(), -1),
+        _by_token(C.float(), -1),
+        past_state.float().mT.contiguous(),
+    )
+    y = (scanned[:, :, 0].transpose(0, 1) + D.float() * wide).contiguous()
+    return y.to(x.dtype), last.mT.contiguous()
+
+
+def _by_token(x: torch.Tensor, axis: int) -> torch.Tensor:
+    """x [batch, tokens, width] to [tokens, batch, width] with a new axis for outer products."""
+    return x.transpose(0, 1).contiguous().unsqueeze(axis)
 
 
 selective_scan = torch.library.custom_op("sambay::selective_scan", reference, mutates_args=())
