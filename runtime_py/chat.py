@@ -85,7 +85,6 @@ def _run(options: argparse.Namespace) -> int:
     first: list[Message] = []
     if options.system is not None:
         first.append({"role": "system", "content": options.system})
-    session.tokenizer  # noqa: B018  # a package without one is refused before the first question
     chat = Chat(Conversation(session, first), sampling, options.max_new_tokens, options.stats)
     if prompt is None:
         return chat.talk(first)

@@ -80,8 +80,13 @@ class Conversation:
     """
 
     def __init__(self, session: Session, messages: Many[Message] = ()) -> None:
-        """Begin with these messages; nothing is run yet."""
+        """Begin with these messages; nothing is run yet.
+
+        Raises:
+            PackageError: the package has no usable tokenizer.
+        """
         self.session = session
+        self._tokenizer = session.tokenizer
         self.messages: list[Message] = list(messages)
         self.timing = Timing()
         # The tokens of the conversation, fed or not, and the text they stand for. How many are
@@ -123,7 +128,7 @@ class Conversation:
         text = self._render(messages)
         if not text.startswith(self._text):  # a template may rewrite what was said
             self._sequence, self._ids, self._text = self.session.start(), [], ""
-        ids = self._ids + self.session.tokenizer.encode(text[len(self._text) :])
+        ids = self._ids + self._tokenizer.encode(text[len(self._text) :])
         config = self.session.config
         if len(ids) >= config.max_position_embeddings:
             raise InputError(
@@ -139,13 +144,12 @@ class Conversation:
         return self._pieces(sampling, room, progress)
 
     def _render(self, messages: list[Message]) -> str:
-        tokenizer = self.session.tokenizer
-        if tokenizer.chat_template:
-            return tokenizer.render(messages)
+        if self._tokenizer.chat_template:
+            return self._tokenizer.render(messages)
         return "".join(str(message["content"]) for message in messages)
 
     def _pieces(self, sampling: Sampling, room: int, progress: Progress | None) -> Iterator[str]:
-        stream = self.session.tokenizer.stream()
+        stream = self._tokenizer.stream()
         begin = len(self._text)
         try:
             for token in self._tokens(sampling, room, progress):

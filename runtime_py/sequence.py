@@ -224,8 +224,9 @@ class Sequence:
         logits, length = self._logits, self._length
         if run.logits.view(np.uint32).flat[0] != NOT_WRITTEN:
             length = run.end
-            column = run.lengths - 1 if self.session.all_logits else np.zeros_like(run.lengths)
-            latest = run.logits[np.arange(self.batch), column]
+            latest = run.logits[:, 0]
+            if self.session.all_logits:
+                latest = run.logits[np.arange(self.batch), run.lengths - 1]
             fed = run.lengths > 0
             logits = latest if logits is None else np.where(fed[:, None], latest, logits)
         self._logits, self._length, self._run = logits, length, None
