@@ -28,8 +28,8 @@ def fold_weight_casts(model: ir.Model) -> None:
         if not casts:
             continue
         weight.const_value = _in_float32(source)
-        for value in moved:
-            value.dtype = ir.DataType.FLOAT
+        for value in moved:  # a clone shares its types, so changing one would show through
+            value.type = ir.TensorType(ir.DataType.FLOAT)
         for cast in casts:
             converted = cast.inputs[0]
             assert converted is not None

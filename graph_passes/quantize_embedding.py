@@ -106,7 +106,7 @@ def _replace_gather(graph: ir.Graph, node: ir.Node, bits: int, block_size: int) 
         nodes.append(ir.node("Slice", [rows.outputs[0], *limits]))
     replace_node(node, nodes)
     embedded = nodes[-1].outputs[0]
-    embedded.dtype = ir.DataType.FLOAT
+    embedded.type = ir.TensorType(ir.DataType.FLOAT)
     for cast, _ in list(embedded.uses()):  # from the dtype the checkpoint stored
         if cast.op_type == "Cast" and cast.attributes.get_int("to") == ir.DataType.FLOAT:
             cast.outputs[0].replace_all_uses_with(embedded, replace_graph_outputs=True)

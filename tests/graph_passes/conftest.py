@@ -25,9 +25,6 @@ traced (int64[batch,tokens] input_ids,
 {{
     axis = Constant <value_ints = [1]> ()
     again = Constant <value_ints = [1]> ()
-    zero = Constant <value_ints = [0]> ()
-    half = Constant <value_ints = [{half}]> ()
-    all = Constant <value_ints = [{inner}]> ()
     unread = Relu ("past_key_values.0.recurrent_state")
     rows = Gather ("model.embed_tokens.weight", input_ids)
     embedded = {cast} (rows)
@@ -40,11 +37,9 @@ traced (int64[batch,tokens] input_ids,
     x_wide = {cast} ("model.layers.1.attn.x_proj.weight")
     x_proj = Transpose <perm = [1, 0]> (x_wide)
     mixed = MatMul (gated, x_proj)
-    upper_rows = Slice ("model.layers.3.attn.Wqkv.weight", zero, half, zero)
-    upper_wide = {cast} (upper_rows)
+    upper_wide = {cast} ("model.layers.3.attn.Wqkv.weight.rows_0_32")
     upper = Transpose <perm = [1, 0]> (upper_wide)
-    lower_rows = Slice ("model.layers.3.attn.Wqkv.weight", half, all, zero, again)
-    lower_wide = {cast} (lower_rows)
+    lower_wide = {cast} ("model.layers.3.attn.Wqkv.weight.rows_32_96")
     lower = Transpose <perm = [1, 0]> (lower_wide)
     queries = MatMul (mixed, upper)
     keys = MatMul (mixed, lower)
@@ -86,7 +81,8 @@ def traced(tmp_path: Path) -> Callable[..., ir.Model]:
             "model.layers.0.mlp.fc1.weight": (INNER, hidden),
             "model.layers.0.attn.D": (INNER,),
             "model.layers.1.attn.x_proj.weight": (hidden, INNER),
-            "model.layers.3.attn.Wqkv.weight": (INNER, hidden),
+            "model.layers.3.attn.Wqkv.weight.rows_0_32": (32, hidden),
+            "model.layers.3.attn.Wqkv.weight.rows_32_96": (INNER - 32, hidden),
             "model.layers.2.attn.out_proj.weight": (hidden, INNER),
         } | ({} if tied else {"lm_head.weight": (VOCABULARY, hidden)})
         rng, path, offset = np.random.default_rng(7), tmp_path / "weights", 0
@@ -103,7 +99,6 @@ def traced(tmp_path: Path) -> Callable[..., ir.Model]:
             cast="Identity" if dtype == ir.DataType.FLOAT else "Cast <to = 1>",
             head="model.embed_tokens.weight" if tied else "lm_head.weight",
             inner=INNER,
-            half=INNER // 3,
             vocabulary=VOCABULARY,
             weights="".join(
                 f', {dtype.name.lower()}[{",".join(map(str, shape))}] "{name}"'
@@ -146,6 +141,11 @@ def with_weights_inside(model: ir.Model) -> ir.Model:
             np.array(value.const_value.numpy()), dtype=value.dtype, name=value.name
         )
     return model
+
+
+@pytest.fixture
+def serialize() -> Callable[[ir.Model], bytes]:
+    return lambda model: ir.to_proto(with_weights_inside(model)).SerializeToString()
 
 
 @pytest.fixture
