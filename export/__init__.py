@@ -1,0 +1,1 @@
+"""From a SambaY checkpoint to its ONNX graph."""

@@ -12,7 +12,7 @@ import math
 import re
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,16 @@ class StoredTensor:
     shape: Shape
     offset: int
     nbytes: int
+
+    def rows(self, start: int, stop: int) -> StoredTensor:
+        """Rows start .. stop-1 as a tensor of their own: a row's bytes lie together."""
+        row = self.nbytes // self.shape[0]
+        return replace(
+            self,
+            shape=(stop - start, *self.shape[1:]),
+            offset=self.offset + start * row,
+            nbytes=(stop - start) * row,
+        )
 
     def to_ir(self) -> ir.ExternalTensor:
         """The same bytes as an ONNX tensor of the same name, mapped only when read."""

@@ -1,4 +1,4 @@
-"""SambaY in PyTorch: modules and parameters are named as in the checkpoint, every state is explicit.
+"""SambaY in PyTorch: modules and parameters named as in the checkpoint, every state explicit.
 
 States come in as arguments and leave as results, so the trace is the model. Parameters may have any
 floating dtype; all arithmetic is float32.
@@ -7,6 +7,8 @@ Source: SambaY (arXiv 2507.06607) and the published checkpoint's layout.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -103,8 +105,10 @@ class DifferentialMixing(nn.Module):
     def __init__(self, head_size: int, lambda_init: float) -> None:
         super().__init__()
         self.lambda_init = lambda_init
-        for name in ("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2"):
-            setattr(self, name, nn.Parameter(torch.empty(head_size)))
+        self.lambda_q1 = nn.Parameter(torch.empty(head_size))
+        self.lambda_k1 = nn.Parameter(torch.empty(head_size))
+        self.lambda_q2 = nn.Parameter(torch.empty(head_size))
+        self.lambda_k2 = nn.Parameter(torch.empty(head_size))
         self.subln = nn.RMSNorm(2 * head_size)
 
     def weight_of_second(self) -> Tensor:
@@ -258,7 +262,7 @@ class SambaY(nn.Module):
         tokens = input_ids.shape[1]
         first, past_lengths, lengths = token_layout(attention_mask, tokens)
         offsets = torch.arange(tokens, device=input_ids.device)
-        # Rows padded on the left are moved to the left; what remains behind is padding on the right.
+        # Rows padded on the left are moved to the left; what remains is padding on the right.
         source = (first.unsqueeze(1) + offsets).clamp(max=tokens - 1)
         hidden = functional.embedding(input_ids.gather(1, source), self.model.embed_tokens.weight)
         hidden = hidden.float()
@@ -266,15 +270,16 @@ class SambaY(nn.Module):
         last = (lengths - 1).clamp(min=0).unsqueeze(1)  # [batch, 1]
         present: States = []
         outputs: list[Tensor] = []
-        for i, layer in enumerate(self.model.layers):
+        layers: list[Any] = list(self.model.layers)  # typed by kind, which the checker cannot see
+        for i, layer in enumerate(layers):
             kind = config.layer_kind(i)
             x = layer.input_layernorm(hidden)
             if kind == "mamba":
-                mixed, memory, *pair = layer.attn(x, *states[i], lengths)
-                present.append(tuple(pair))
+                mixed, memory, conv_state, scan_state = layer.attn(x, *states[i], lengths)
+                present.append((conv_state, scan_state))
             elif kind == "window_attention":
-                mixed, *pair = layer.attn.in_window(x, *states[i], past_lengths, lengths)
-                present.append(tuple(pair))
+                mixed, key, value = layer.attn.in_window(x, *states[i], past_lengths, lengths)
+                present.append((key, value))
             elif kind == "full_attention":
                 key, value = append_key_value(
                     *states[i], *layer.attn.keys_and_values(x), past_lengths
@@ -306,11 +311,12 @@ class SambaY(nn.Module):
         states: States = []
         for i in range(config.shared_layer + 1):
             if config.layer_kind(i) == "mamba":
-                shapes = (conv, scan)
+                pair = torch.zeros(conv, device=device), torch.zeros(scan, device=device)
             else:
                 slots = capacity if i == config.shared_layer else window or config.sliding_window
-                shapes = ((batch, config.num_key_value_heads, slots, config.head_size),) * 2
-            states.append(tuple(torch.zeros(shape, device=device) for shape in shapes))
+                shape = (batch, config.num_key_value_heads, slots, config.head_size)
+                pair = torch.zeros(shape, device=device), torch.zeros(shape, device=device)
+            states.append(pair)
         return states
 
 

@@ -1,7 +1,7 @@
 """From a checkpoint to its ONNX graph: traced without weights, weights bound by name afterwards.
 
-A weight is never in memory here: parameters are fake while tracing, and then initializers that point
-into the safetensors files.
+A weight is never in memory here: parameters are fake while tracing, and then initializers that
+point into the safetensors files.
 """
 
 from __future__ import annotations
@@ -62,7 +62,12 @@ def trace(checkpoint: Checkpoint, *, all_logits: bool = False) -> ir.Model:
     states = all_states(config)
     mode = FakeTensorMode()
     model = _Traced(fake_weights(checkpoint, mode), all_logits)
-    tokens, total, window, capacity = 5, 11, config.sliding_window + 3, 17  # any sizes, all different
+    tokens, total, window, capacity = (
+        5,
+        11,
+        config.sliding_window + 3,
+        17,
+    )  # any sizes, all different
     with mode:
         ids = torch.zeros(2, tokens, dtype=torch.int64)
         mask = torch.ones(2, total, dtype=torch.int64)
@@ -87,6 +92,8 @@ def trace(checkpoint: Checkpoint, *, all_logits: bool = False) -> ir.Model:
             },
             custom_translation_table={op.torch_op: op.node_factory() for op in OPS},
         )
+    if program is None:
+        raise TraceError("torch.onnx.export returned no program")
     traced = program.model
     _rename_weights(traced)
     _fold_constants(traced)
@@ -108,7 +115,7 @@ def trace(checkpoint: Checkpoint, *, all_logits: bool = False) -> ir.Model:
 
 @contextlib.contextmanager
 def _quiet_exporter() -> Iterator[None]:
-    """Keep the exporter's notes about other packages and shared axis names off the user's screen."""
+    """Keep the exporter's notes about other packages and axis names off the screen."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -134,9 +141,9 @@ def _fold_constants(model: ir.Model) -> None:
 
 def _rename_weights(model: ir.Model) -> None:
     """Give parameters the checkpoint's names, without the wrapper's; note which rows they are."""
-    for value in list(model.graph.initializers.values()):
-        value.name = value.name.removeprefix("sambay.")
-        value.meta[_SOURCE] = (value.name, 0, value.shape[0])
+    for name, value in list(model.graph.initializers.items()):
+        value.name = name.removeprefix("sambay.")
+        value.meta[_SOURCE] = (value.name, 0, _sizes(value)[0])
 
 
 def _split_rows(model: ir.Model) -> None:
@@ -144,6 +151,7 @@ def _split_rows(model: ir.Model) -> None:
 
     Layer M+1 projects queries for fewer tokens than keys and values, from one stored matrix.
     """
+    initializers = model.graph.initializers
     for node in list(model.graph):
         weight = node.inputs[0] if node.op_type == "Slice" else None
         if weight is None or not weight.is_initializer():
@@ -151,21 +159,17 @@ def _split_rows(model: ir.Model) -> None:
         start, stop, axis, *step = (_constant(value) for value in node.inputs[1:])
         if axis != 0 or step not in ([], [1]):
             raise TraceError(f"{node.name} slices {weight.name!r} along axis {axis}, expected rows")
-        stop = min(stop, weight.shape[0])
+        rows, *others = _sizes(weight)
+        stop = min(stop, rows)
         name = f"{weight.name}.rows_{start}_{stop}"
-        part = model.graph.initializers.get(name)
-        if part is None:
-            shape = ir.Shape([stop - start, *weight.shape[1:]])
+        if name not in initializers:
+            shape = ir.Shape([stop - start, *others])
             part = ir.Value(name=name, shape=shape, type=weight.type)
-            part.const_value = ir.LazyTensor(  # replaced when weights are bound
-                lambda: _unbound(), dtype=weight.dtype, shape=shape, name=name
-            )
+            part.const_value = weight.const_value  # until the weights are bound
             part.meta[_SOURCE] = (weight.name, start, stop)
-            model.graph.register_initializer(part)
-        node.outputs[0].replace_all_uses_with(part)
+            initializers[name] = part
+        node.outputs[0].replace_all_uses_with(initializers[name])
         model.graph.remove(node, safe=True)
-        if not weight.uses():
-            del model.graph.initializers[weight.name]
 
 
 def _constant(value: ir.Value | None) -> int:
@@ -175,32 +179,25 @@ def _constant(value: ir.Value | None) -> int:
     return int(tensor.numpy().item())
 
 
-def _unbound() -> ir.Tensor:
-    raise TraceError("a weight was read before it was bound to the checkpoint")
+def _sizes(value: ir.Value) -> list[int]:
+    if value.shape is None:
+        raise TraceError(f"{value.name!r} was traced without a shape")
+    return [int(size) for size in value.shape.numpy()]
 
 
 def _bind_weights(model: ir.Model, checkpoint: Checkpoint) -> None:
-    """Point every initializer at its bytes in the checkpoint."""
+    """Point every weight at its bytes in the checkpoint."""
     used = set()
-    for value in model.graph.initializers.values():
+    for name_in_graph, value in model.graph.initializers.items():
         if _SOURCE not in value.meta:
             continue  # a constant of the graph
         name, start, stop = value.meta.pop(_SOURCE)
         if name not in checkpoint.tensors:
             raise TraceError(f"initializer {value.name!r} is no tensor of the checkpoint")
-        tensor = checkpoint.tensors[name].to_ir()
-        if stop - start != tensor.shape[0]:
-            row = tensor.nbytes // tensor.shape[0]
-            tensor = ir.ExternalTensor(
-                tensor.location,
-                tensor.offset + start * row,
-                (stop - start) * row,
-                tensor.dtype,
-                shape=value.shape,
-                name=value.name,
-            )
-        if tensor.dtype != value.dtype or list(tensor.shape) != list(value.shape):
-            raise TraceError(f"{value.name!r}: traced as {value.type} {value.shape}, stored {tensor}")
+        tensor = checkpoint.tensors[name].rows(start, stop).to_ir()
+        tensor.name = name_in_graph
+        if tensor.dtype != value.dtype or list(tensor.shape) != _sizes(value):
+            raise TraceError(f"{value.name!r}: traced as {value}, stored as {tensor}")
         value.const_value = tensor
         used.add(name)
     if unused := set(checkpoint.tensors) - used:

@@ -1,4 +1,4 @@
-"""A checkpoint's weights in the torch model: as numbers to compute with, or as names and dtypes only."""
+"""A checkpoint's weights in the torch model: as numbers, or as names, shapes and dtypes only."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Write a call's keys and values into the shared cache, in place where past and present share memory.
+"""Write a call's keys and values into the shared cache, in place where past is present.
 
     present[:, :, past_length + j] = new token j
 
@@ -27,8 +27,8 @@ def reference(
         past_lengths: [batch] int64, slots in use before this call.
 
     Returns:
-        present_key and present_value, shaped like the past. Padding at the end of a row lands in slots
-        that no query sees and that the next call writes again.
+        present_key and present_value, shaped like the past. Padding at the end of a row lands in
+        slots that no query sees and that the next call writes again.
     """
     heads, size = past_key.shape[1], past_key.shape[3]
     slots = past_lengths[:, None] + torch.arange(k.shape[1], device=k.device)  # [batch, tokens]

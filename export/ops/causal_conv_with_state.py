@@ -2,9 +2,9 @@
 
     output_t = silu(bias + sum_j weight[:, 0, j] * input_{t - (K-1) + j})
 
-ONNX opset 27 has an operator of this name with channels before tokens. Here tokens come first, as the
-projections before and after have them, which saves two transposes of the whole chunk, and `lengths`
-tells how many tokens of a padded row are real.
+ONNX opset 27 has an operator of this name with channels before tokens. Here tokens come first, as
+the projections before and after have them, which saves two transposes of the whole chunk, and
+`lengths` tells how many tokens of a padded row are real.
 
 Source: Mamba (arXiv 2312.00752), section 3.4.
 """

@@ -3,8 +3,8 @@
 A query at position t sees the tokens t - window < s <= t. The token at position p stands in slot
 p mod capacity; the model has no positional encoding, so the order in the ring changes nothing.
 
-The body joins ring and new tokens before it writes: each slot's old content may be needed by a query
-of this call, and present may be the same memory as past.
+The body joins ring and new tokens before it writes: a query of this call may need each slot's old
+content, and present may be the same memory as past.
 """
 
 import torch

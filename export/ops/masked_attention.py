@@ -73,7 +73,7 @@ def MaskedDifferentialAttention(
     num_kv_heads: int,
     lambda_init: float,
 ):
-    """Both softmaxes, then one product (P1 - lambda P2) V; queries of a group are rows of one matrix."""
+    """Both softmaxes, then one product (P1 - lambda P2) V; a group's queries are one matrix."""
     copy = op.Constant(value_ints=[0])
     rest = op.Constant(value_ints=[-1])
     two = op.Constant(value_ints=[2])
