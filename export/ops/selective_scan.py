@@ -6,8 +6,8 @@
 
 y is the layer's *memory*: after the skip, before any gate.
 
-Source: Mamba (arXiv 2312.00752), algorithm 2, with the simplified (Euler) discretisation of B that the
-published code uses.
+Source: Mamba (arXiv 2312.00752), algorithm 2, with the simplified (Euler) discretisation of B that
+the published code uses.
 """
 
 import torch
@@ -18,7 +18,7 @@ from export.ops.custom_op import DOMAIN, CustomOp, Sample, make_trainable
 
 
 class _Scan(torch.autograd.Function):
-    """h_t = exp(delta_t A) h_{t-1} + drive_t B_t^T, read by C_t; gradients run backwards over the kept h.
+    """h_t = exp(delta_t A) h_{t-1} + drive_t B_t^T, read by C_t; gradients run back over the kept h.
 
     A step's tensors [batch, states, channels] stay in a processor's cache: whole sequences of
     decays and their gradients are never stored, which makes training several times faster.
@@ -26,7 +26,8 @@ class _Scan(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, delta, drive, A, B, C, initial):
-        # delta, drive [tokens, batch, 1, channels]; A [states, channels]; B, C [tokens, batch, states, 1]
+        # delta, drive [tokens, batch, 1, channels]; A [states, channels];
+        # B, C [tokens, batch, states, 1]; initial [batch, states, channels]
         h = delta.new_empty(*delta.shape[:2], *A.shape)
         decay = torch.empty_like(h[0])
         state = initial
