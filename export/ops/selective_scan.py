@@ -18,7 +18,7 @@ from export.ops.custom_op import DOMAIN, CustomOp, Sample, make_trainable
 
 
 class _Scan(torch.autograd.Function):
-    """h_t = exp(delta_t A) h_{t-1} + drive_t B_t^T, read by C_t; gradients run back over the kept h.
+    """h_t = exp(delta_t A) h_{t-1} + drive_t B_t^T, read by C_t; gradients run back over kept h.
 
     A step's tensors [batch, states, channels] stay in a processor's cache: whole sequences of
     decays and their gradients are never stored, which makes training several times faster.
