@@ -1,0 +1,24 @@
+"""What a package can be made for: one ``Target`` a recipe, joined here."""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+
+from targets import cpu
+from targets.target import Target
+
+TARGETS: tuple[Target, ...] = cpu.TARGETS
+DEFAULT = cpu.INT4
+
+
+def find_target(name: str) -> Target:
+    """The target of a name.
+
+    Raises:
+        ValueError: there is none; the message offers the nearest names, or all.
+    """
+    by_name = {target.name: target for target in TARGETS}
+    if name not in by_name:
+        offered = get_close_matches(name, by_name, cutoff=0.4) or list(by_name)
+        raise ValueError(f"unknown target {name!r}: did you mean {' or '.join(offered)}?")
+    return by_name[name]

@@ -1,0 +1,64 @@
+"""Any processor that ONNX Runtime runs on."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from graph_passes.cleanup import cleanup
+from graph_passes.fold_weight_casts import fold_weight_casts
+from graph_passes.fold_weight_transposes import fold_weight_transposes
+from graph_passes.quantize_embedding import quantize_embedding
+from graph_passes.quantize_matmul import Rule, quantize_matmul
+from graph_passes.read_tied_head_in_place import read_tied_head_in_place
+from targets.target import Target
+
+_PROVIDER = "CPUExecutionProvider"
+
+# What steers the scan: small (1 % of the weights), and an error in a step size lasts.
+_SCAN_INPUTS: tuple[Rule, ...] = (("*.x_proj.*", None), ("*.dt_proj.*", None))
+
+# The two layers whose results every later layer reads: the memory, the shared keys and values.
+_SHARED_RESULTS: tuple[Rule, ...] = (
+    ("*.layers.{memory_layer}.attn.*", 8),
+    ("*.layers.{shared_layer}.attn.*", 8),
+)
+
+FP32 = Target(
+    name="cpu-fp32",
+    summary="float32 throughout: the reference",
+    provider=_PROVIDER,
+    passes=(
+        cleanup,
+        fold_weight_casts,
+        read_tied_head_in_place,
+        fold_weight_transposes,
+    ),
+)
+
+INT8 = Target(
+    name="cpu-int8",
+    summary="8-bit weights: half the size of float16, next to no loss",
+    provider=_PROVIDER,
+    passes=(
+        cleanup,
+        partial(quantize_embedding, bits=8, block_size=32),
+        partial(quantize_matmul, bits=8, block_size=32, rules=_SCAN_INPUTS),
+        fold_weight_casts,
+        fold_weight_transposes,
+    ),
+)
+
+INT4 = Target(
+    name="cpu-int4",
+    summary="4-bit weights, 8-bit where it matters most: the smallest and fastest",
+    provider=_PROVIDER,
+    passes=(
+        cleanup,
+        partial(quantize_embedding, bits=8, block_size=32),
+        partial(quantize_matmul, bits=4, block_size=32, rules=_SCAN_INPUTS + _SHARED_RESULTS),
+        fold_weight_casts,
+        fold_weight_transposes,
+    ),
+)
+
+TARGETS = (FP32, INT8, INT4)

@@ -1,0 +1,174 @@
+"""A folder that is there completely or not at all.
+
+It is filled under another name beside its destination, ``.{name}.partial-{process}``, and renamed
+when complete. Whatever ends the writing before that removes it; only a killed process leaves one,
+and the next writing to the same destination removes that.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+MANIFEST = "manifest.json"
+FORMAT = "sambay-package"  # the manifest's "format": this folder is ours to replace
+
+_FULL = (errno.ENOSPC, errno.EDQUOT) if hasattr(errno, "EDQUOT") else (errno.ENOSPC,)
+
+
+class DestinationError(OSError):
+    """A package cannot be written where it was asked for."""
+
+
+def check_destination(destination: Path, *, force: bool = False, size: int = 0) -> None:
+    """Refuse a destination that writing would fail at, before any work; nothing is left behind.
+
+    Args:
+        destination: folder the package will be.
+        force: replace a package that is there.
+        size: bytes the package will have, if known.
+
+    Raises:
+        DestinationError: it exists and may not be replaced, cannot be written, or has no room.
+    """
+    destination = Path(destination).resolve()
+    _check_existing(destination, force=force)
+    parent = _nearest_existing(destination)
+    if not parent.is_dir():
+        raise DestinationError(f"cannot write {destination}: {parent} is no folder")
+    try:
+        os.rmdir(tempfile.mkdtemp(dir=parent, prefix=f".{destination.name}.partial-"))
+    except OSError as error:
+        raise DestinationError(
+            f"cannot write into {parent}: {error.strerror or error}; choose another folder"
+        ) from error
+    free = shutil.disk_usage(parent).free
+    if free < size:
+        raise DestinationError(
+            f"no room for {destination}: it needs {_gigabytes(size)}, {parent} has "
+            f"{_gigabytes(free)} free"
+        )
+
+
+@contextlib.contextmanager
+def complete_folder(destination: Path, *, force: bool = False) -> Iterator[Path]:
+    """Fill a folder that appears at its destination only when the block ends without an error.
+
+    Args:
+        destination: made with its missing parents.
+        force: replace a package that is there, once the new one is complete.
+
+    Yields:
+        The folder to fill.
+
+    Raises:
+        DestinationError: see ``check_destination``; or the disk is full. Any other error in the
+            block is passed on.
+    """
+    destination = Path(destination).resolve()
+    check_destination(destination, force=force)
+    parents = [parent for parent in destination.parents if not parent.exists()]
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(destination, "partial")
+    partial = _sibling(destination, "partial")
+    try:
+        partial.mkdir()
+        yield partial
+        _check_existing(destination, force=force)  # it may have come up meanwhile
+        _move(partial, destination)
+    except BaseException as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        for parent in parents:  # the innermost first
+            with contextlib.suppress(OSError):
+                parent.rmdir()
+        if isinstance(error, OSError) and error.errno in _FULL:
+            raise DestinationError(
+                f"the disk of {destination} is full: nothing was kept; free some space "
+                "or choose another folder"
+            ) from error
+        raise
+    _remove_abandoned(destination, "replaced")
+
+
+def _check_existing(destination: Path, *, force: bool) -> None:
+    if not destination.exists():
+        return
+    if not destination.is_dir():
+        raise DestinationError(f"{destination} is a file, expected a folder to write or no file")
+    if not force:
+        raise DestinationError(f"{destination} exists already: pass --force to replace it")
+    if any(destination.iterdir()) and not _is_package(destination):
+        raise DestinationError(
+            f"{destination} is no package of this program ({MANIFEST} does not say so): "
+            "it is not replaced; choose another folder"
+        )
+
+
+def _is_package(folder: Path) -> bool:
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(manifest, dict) and manifest.get("format") == FORMAT
+
+
+def _move(partial: Path, destination: Path) -> None:
+    """Rename, with the old package out of the way; it comes back if the new one cannot."""
+    if not destination.exists():
+        partial.rename(destination)
+        return
+    replaced = _sibling(destination, "replaced")
+    destination.rename(replaced)
+    try:
+        partial.rename(destination)
+    except BaseException:
+        replaced.rename(destination)
+        raise
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _sibling(destination: Path, role: str) -> Path:
+    return destination.with_name(f".{destination.name}.{role}-{os.getpid()}")
+
+
+def _remove_abandoned(destination: Path, role: str) -> None:
+    """Remove what killed processes left of earlier writings."""
+    start = f".{destination.name}.{role}-"
+    for folder in destination.parent.iterdir():
+        process = folder.name.removeprefix(start)
+        # A number equal to ours was a process of another time: numbers are used again.
+        if folder.name.startswith(start) and process.isdecimal() and not _runs(int(process)):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _runs(process: int) -> bool:
+    """Whether another process of this number is running."""
+    if process == os.getpid():
+        return False
+    if sys.platform == "win32":  # os.kill would end it there
+        query_limited_information = 0x1000
+        handle = ctypes.windll.kernel32.OpenProcess(query_limited_information, False, process)
+        return bool(handle and ctypes.windll.kernel32.CloseHandle(handle))
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass  # somebody else's
+    return True
+
+
+def _nearest_existing(destination: Path) -> Path:
+    return next(parent for parent in destination.parents if parent.exists())
+
+
+def _gigabytes(size: int) -> str:
+    return f"{size / 1e9:.2f} GB"

@@ -1,0 +1,75 @@
+"""genai_config.json: what ONNX Runtime GenAI must know to run a package.
+
+It refuses keys it does not know, so this file holds nothing of our own. The names of recurrent
+states (``past_key_values.%d.conv_state`` and ``.recurrent_state``) are fixed in the library.
+
+Source: behaviour of onnxruntime-genai 0.18.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import onnx_ir as ir
+
+# Its buffers have this length from the start: 32768 tokens are 340 MB in the shared cache.
+_MAX_LENGTH = 32_768
+
+# Sampling of the published model card.
+_SAMPLING = {"do_sample": True, "temperature": 0.6, "top_p": 0.95}
+
+
+def genai_config(model: ir.Model, filename: str) -> dict[str, Any]:
+    """Describe a model.
+
+    Args:
+        model: with metadata ``sambay.config``.
+        filename: of the model, in the same folder.
+    """
+    config = json.loads(model.metadata_props["sambay.config"])
+    memory_layer = config["num_hidden_layers"] // 2
+    tokens = {
+        "bos_token_id": config["bos_token_id"],
+        "eos_token_id": config["eos_token_ids"],
+        "pad_token_id": config["pad_token_id"],
+    }
+    return {
+        "model": {
+            "type": "decoder",
+            **{name: value for name, value in tokens.items() if value not in (None, [])},
+            "vocab_size": config["vocab_size"],
+            "context_length": config["context_length"],
+            "decoder": {
+                "filename": filename,
+                "hidden_size": config["hidden_size"],
+                "num_attention_heads": config["num_attention_heads"],
+                "num_key_value_heads": config["num_key_value_heads"],
+                "head_size": config["hidden_size"] // config["num_attention_heads"],
+                "num_hidden_layers": config["num_hidden_layers"],
+                "session_options": {"provider_options": []},
+                "sliding_window": {
+                    "window_size": config["sliding_window"],
+                    "slide_key_value_cache": False,  # the graph writes them as rings
+                    "slide_inputs": False,
+                    "layers": list(range(1, memory_layer, 2)),
+                },
+                "inputs": {
+                    "input_ids": "input_ids",
+                    "attention_mask": "attention_mask",
+                    "past_key_names": "past_key_values.%d.key",
+                    "past_value_names": "past_key_values.%d.value",
+                },
+                "outputs": {
+                    "logits": "logits",
+                    "present_key_names": "present.%d.key",
+                    "present_value_names": "present.%d.value",
+                },
+            },
+        },
+        "search": {
+            "max_length": min(config["context_length"], _MAX_LENGTH),
+            "past_present_share_buffer": True,
+            **_SAMPLING,
+        },
+    }

@@ -1,0 +1,148 @@
+"""Write a model as a package: a folder with all that a runtime needs.
+
+model.onnx, model.onnx.data    the graph and its weights
+genai_config.json              for ONNX Runtime GenAI
+tokenizer files                from the caller
+manifest.json                  how it was made, digests
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import onnx_ir as ir
+
+from targets.destination import MANIFEST, complete_folder
+from targets.genai import genai_config
+from targets.manifest import manifest
+from targets.target import Target
+
+MODEL, DATA, GENAI = "model.onnx", "model.onnx.data", "genai_config.json"
+
+# Smaller tensors stand in the graph itself, where shape inference finds the constants it needs.
+_OUTSIDE = 1024
+
+# Large weights start on a page, so that a runtime can map them; small ones on a cache line.
+_LARGE, _PAGE, _LINE = 1 << 20, 4096, 64
+
+
+def write_package(
+    model: ir.Model,
+    destination: Path,
+    *,
+    target: Target,
+    facts: Mapping[str, Any],
+    extra_files: Callable[[Path], None] | None = None,
+    force: bool = False,
+    progress: Callable[[int], None] | None = None,
+) -> Path:
+    """Compute a model's weights and write it with everything beside it.
+
+    Memory holds a piece of one weight at a time. The package appears at its destination when it is
+    complete; an error or an interrupt leaves nothing.
+
+    Args:
+        model: after ``target.passes``; unchanged.
+        destination: the folder to make.
+        target: whose passes ran.
+        facts: of the source checkpoint, for the manifest; JSON, no paths.
+        extra_files: puts further files, such as the tokenizer's, into the folder it is given.
+        force: replace a package at the destination, once the new one is complete.
+        progress: told the number of bytes written since it was last called; they add up to
+            ``package_size(model)``.
+
+    Returns:
+        The destination, absolute.
+
+    Raises:
+        DestinationError: the destination exists, cannot be written or is full.
+        ValueError: a weight cannot be converted, such as one with a NaN.
+    """
+    model = model.clone()
+    model.metadata_props["sambay.target"] = target.name
+    with complete_folder(destination, force=force) as folder:
+        with (folder / DATA).open("wb") as file:
+            digest = _move_weights(model, _Data(file, progress or _silent))
+        ir.save(model, folder / MODEL)
+        _write_json(folder / GENAI, genai_config(model, MODEL))
+        if extra_files is not None:
+            extra_files(folder)
+        contents = manifest(folder, target=target, facts=facts, known={DATA: digest})
+        _write_json(folder / MANIFEST, contents)
+    return Path(destination).resolve()
+
+
+def package_size(model: ir.Model) -> int:
+    """Bytes of weights a package of this model will hold, nearly its whole size; reads nothing."""
+    return sum(tensor.nbytes for tensor in map(_data, _weights(model)) if tensor.nbytes >= _OUTSIDE)
+
+
+class _Data:
+    """The file of weights: counts, digests and reports what is written to it."""
+
+    def __init__(self, file: BinaryIO, progress: Callable[[int], None]) -> None:
+        self._file, self._progress = file, progress
+        self._digest = hashlib.sha256()
+        self.position = 0
+
+    def write(self, data: bytes | memoryview) -> int:
+        self._put(data)
+        self._progress(len(data))
+        return len(data)
+
+    def align(self, boundary: int) -> None:
+        self._put(bytes(-self.position % boundary))
+
+    def digest(self) -> str:
+        return self._digest.hexdigest()
+
+    def _put(self, data: bytes | memoryview) -> None:
+        self._file.write(data)
+        self._digest.update(data)
+        self.position += len(data)
+
+
+def _move_weights(model: ir.Model, file: _Data) -> str:
+    """Write large weights to the file, take small ones into the graph; the file's SHA-256."""
+    for value in _weights(model):
+        tensor = _data(value)
+        if tensor.nbytes < _OUTSIDE:
+            # read now: its place in the checkpoint must not be written into the package
+            value.const_value = ir.Tensor(
+                tensor.numpy().copy(), dtype=tensor.dtype, name=value.name
+            )
+            continue
+        file.align(_PAGE if tensor.nbytes >= _LARGE else _LINE)
+        start = file.position
+        tensor.tofile(file)
+        if file.position - start != tensor.nbytes:
+            raise ValueError(
+                f"weight {value.name!r} wrote {file.position - start} bytes, "
+                f"expected {tensor.nbytes} for {tensor.dtype} {tensor.shape}"
+            )
+        value.const_value = ir.ExternalTensor(
+            DATA, start, tensor.nbytes, tensor.dtype, shape=tensor.shape, name=value.name or ""
+        )
+    return file.digest()
+
+
+def _weights(model: ir.Model) -> list[ir.Value]:
+    return [value for graph in model.graphs() for value in graph.initializers.values()]
+
+
+def _data(value: ir.Value) -> Any:
+    if value.const_value is None:
+        raise ValueError(f"initializer {value.name!r} has no data: bind it to the checkpoint first")
+    return value.const_value
+
+
+def _write_json(path: Path, contents: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(contents, indent=2) + "\n", encoding="utf-8")
+
+
+def _silent(_: int) -> None:
+    pass
