@@ -1,0 +1,1 @@
+"""The shipped reference model: its tasks, its vocabulary and its training."""
