@@ -298,7 +298,7 @@ def _stored(path: Path, name: str, entry: Any, start: int) -> StoredTensor:
             "download it again"
         )
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if dtype not in DTYPES:
+    if not isinstance(dtype, str) or dtype not in DTYPES:
         raise CheckpointError(
             f"{path}: {name} has dtype {dtype}, expected {', '.join(DTYPES)}: "
             "save the checkpoint in one of these"

@@ -133,7 +133,7 @@ def build_tokenizer(source: Path) -> tokenizers.Tokenizer:
         tokenizer = tokenizers.Tokenizer(models.BPE(vocab=ordinary | ids, merges=merges))
     except Exception as error:  # tokenizers raises bare Exception
         raise TokenizerError(
-            f"{path} and its merges do not fit ({error}): download them again"
+            f"{path} and merges.txt do not fit ({error}): download them again"
         ) from error
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -298,7 +298,7 @@ def _complete_settings(folder: Path, tokenizer: tokenizers.Tokenizer) -> None:
     """Write tokenizer_config.json where it is missing or lacks the chat template that fits."""
     path = folder / "tokenizer_config.json"
     settings = read_json_object(path) if path.is_file() else {}
-    has_template = "chat_template" in settings or (folder / "chat_template.jinja").is_file()
+    has_template = bool(settings.get("chat_template")) or (folder / "chat_template.jinja").is_file()
     fits = all(tokenizer.token_to_id(role) is not None for role in _ROLES)
     wanted = dict(settings)
     if fits and not has_template:
