@@ -1,0 +1,63 @@
+from collections.abc import Callable
+from functools import partial
+
+import onnx_ir as ir
+import pytest
+
+from graph_passes.pipeline import run_passes
+from targets import DEFAULT, TARGETS, find_target
+
+
+def chosen_bits(model: ir.Model) -> dict[str, int]:
+    return {
+        node.inputs[1].name.removesuffix(".weight.packed").split(".", 1)[1]: (
+            node.attributes.get_int("bits")
+        )
+        for node in model.graph
+        if node.op_type == "MatMulNBits"
+    }
+
+
+def test_names_are_unique_and_found() -> None:
+    assert len({target.name for target in TARGETS}) == len(TARGETS)
+    assert all(find_target(target.name) is target for target in TARGETS)
+    assert DEFAULT.name == "cpu-int4"
+
+
+def test_an_unknown_target_offers_the_nearest() -> None:
+    with pytest.raises(ValueError, match=r"'cpu-int5': did you mean .*cpu-int4"):
+        find_target("cpu-int5")
+
+
+def test_a_target_like_no_other_offers_all() -> None:
+    every_name = " or ".join(target.name for target in TARGETS)
+    with pytest.raises(ValueError, match=every_name):
+        find_target("zzz")
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.name)
+def test_a_recipe_leaves_only_float32_and_packed_weights(
+    traced: Callable[[], ir.Model], target: object
+) -> None:
+    result = run_passes(traced(), target.passes)
+    dtypes = {value.dtype for value in result.graph.initializers.values()}
+    assert dtypes <= {ir.DataType.FLOAT, ir.DataType.UINT8, ir.DataType.INT64}
+    assert not {node.op_type for node in result.graph} & {"Cast", "Transpose"}
+
+
+def test_the_default_keeps_what_steers_the_scan_and_doubles_what_is_shared(
+    traced: Callable[[], ir.Model],
+) -> None:
+    assert chosen_bits(run_passes(traced(), DEFAULT.passes)) == {
+        "layers.1.mlp.fc1": 4,
+        "layers.2.attn.in_proj": 8,
+        "layers.3.attn.Wqkv": 8,
+        "embed_tokens": 8,
+    }
+
+
+def test_recipes_differ_by_settings_that_can_be_printed() -> None:
+    for target in TARGETS:
+        for apply in target.passes:
+            function = apply.func if isinstance(apply, partial) else apply
+            assert function.__module__ == f"graph_passes.{function.__name__}"
