@@ -48,8 +48,8 @@ def measure(session: Session, depth: int, seconds: float) -> list[float]:
 
 def cache_bytes(session: Session, depth: int) -> int:
     """Bytes of growing state read once for `depth` tokens, all cross layers together."""
-    config = session.config
-    readers = config.num_hidden_layers // 4  # the full attention layer and the cross layers
+    config = json.loads(session.model.get_modelmeta().custom_metadata_map["sambay.config"])
+    readers = config["num_hidden_layers"] // 4  # the full attention layer and the cross layers
     rows = sum(
         state.dtype.itemsize * np.prod([a for a in state.axes[1:] if isinstance(a, int)], dtype=int)
         for state in session.states

@@ -143,7 +143,8 @@ def _write(
     options: argparse.Namespace,
     console: Console,
 ) -> Path:
-    from targets.package import check_destination, package_size, write_package
+    from targets.destination import check_destination
+    from targets.package import package_size, write_package
 
     from export.checkpoint import CheckpointError, find_non_finite
     from export.tokenizer import write_tokenizer

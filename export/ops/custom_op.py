@@ -90,7 +90,9 @@ class CustomOp:
             yield ir.serde.deserialize_function(function.to_function_proto())
 
     def _parameters(self, kind: type) -> list[Any]:
-        return [p for p in self.body.op_signature.params if isinstance(p, kind)]
+        signature = self.body.op_signature
+        assert signature is not None  # onnxscript derives it for every script
+        return [p for p in signature.params if isinstance(p, kind)]
 
 
 def make_trainable(
