@@ -59,12 +59,13 @@ def check_destination(destination: Path, *, force: bool = False, size: int = 0) 
 
 
 @contextlib.contextmanager
-def complete_folder(destination: Path, *, force: bool = False) -> Iterator[Path]:
+def complete_folder(destination: Path, *, force: bool = False, size: int = 0) -> Iterator[Path]:
     """Fill a folder that appears at its destination only when the block ends without an error.
 
     Args:
         destination: made with its missing parents.
         force: replace a package that is there, once the new one is complete.
+        size: bytes that will be written, if known.
 
     Yields:
         The folder to fill.
@@ -74,7 +75,7 @@ def complete_folder(destination: Path, *, force: bool = False) -> Iterator[Path]
             block is passed on.
     """
     destination = Path(destination).resolve()
-    check_destination(destination, force=force)
+    check_destination(destination, force=force, size=size)
     parents = [parent for parent in destination.parents if not parent.exists()]
     destination.parent.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(destination, "partial")

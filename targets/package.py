@@ -64,7 +64,7 @@ def write_package(
     """
     model = model.clone()
     model.metadata_props["sambay.target"] = target.name
-    with complete_folder(destination, force=force) as folder:
+    with complete_folder(destination, force=force, size=package_size(model)) as folder:
         with (folder / DATA).open("wb") as file:
             digest = _move_weights(model, _Data(file, progress or _silent))
         ir.save(model, folder / MODEL)

@@ -183,6 +183,19 @@ def test_a_weight_of_another_length_than_it_says_is_refused(traced: Make, tmp_pa
         write_package(model, tmp_path / "package", target=DEFAULT, facts=FACTS)
 
 
+def test_a_model_larger_than_the_disk_is_refused_before_it_is_read(
+    traced: Make, tmp_path: Path
+) -> None:
+    model = run_passes(traced(), DEFAULT.passes)
+    tensor = StreamedTensor(
+        lambda: pytest.fail("read"), dtype=ir.DataType.FLOAT, shape=(1 << 28, 1 << 28), name="huge"
+    )
+    model.graph.register_initializer(ir.Value(name="huge", shape=tensor.shape, const_value=tensor))
+    with pytest.raises(DestinationError, match="no room"):
+        write_package(model, tmp_path / "package", target=DEFAULT, facts=FACTS)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+
+
 def test_extra_files_that_fail_leave_nothing(traced: Make, tmp_path: Path) -> None:
     def fail(folder: Path) -> None:
         assert (folder / "model.onnx").is_file()
