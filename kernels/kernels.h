@@ -1,0 +1,120 @@
+// The operators of domain ai.sambay on a CPU: plain functions over pointers and sizes.
+//
+// Nothing here knows ONNX Runtime, so the functions can be tested, sanitised and timed without it.
+// Callers check every size and length; the functions trust them. Arrays are row-major and dense.
+// A past and its present may be the same memory (equal pointers) or disjoint, never anything else.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace sambay {
+
+// A value of a float16 cache, by its bits.
+struct Half {
+  uint16_t bits;
+};
+
+// Runs task(0) .. task(count - 1), maybe at the same time, and returns when all are done.
+// Which tasks there are never depends on the number of threads, so neither do results.
+class Pool {
+ public:
+  using Task = void (*)(void* data, size_t index);
+  using Run = void (*)(void* self, Task task, size_t count, void* data);
+
+  Pool(Run run, void* self) : run_(run), self_(self) {}
+
+  template <class Body>
+  void operator()(int64_t count, const Body& body) const {
+    if (count == 1) {
+      body(int64_t{0});
+    } else if (count > 1) {
+      run_(self_, [](void* data, size_t index) {
+        (*static_cast<const Body*>(data))(static_cast<int64_t>(index));
+      }, static_cast<size_t>(count), const_cast<Body*>(&body));
+    }
+  }
+
+ private:
+  Run run_;
+  void* self_;
+};
+
+// Shapes as in export/ops/causal_conv_with_state.py.
+struct CausalConv {
+  int64_t batch, tokens, channels, taps;
+  const float *x, *weight, *bias, *past_state;
+  const int64_t* lengths;  // 0 .. tokens
+  float *y, *present_state;
+};
+
+// Shapes as in export/ops/selective_scan.py.
+struct Scan {
+  int64_t batch, tokens, channels, states;
+  const float *x, *dt, *dt_bias, *A, *B, *C, *D, *past_state;
+  const int64_t* lengths;  // 0 .. tokens
+  float *y, *present_state;
+};
+
+struct GatedMemory {
+  int64_t size;
+  const float *gate, *memory;
+  float* output;
+};
+
+// Shapes as in export/ops/append_key_value.py; Cell is float or Half.
+template <class Cell>
+struct Append {
+  int64_t batch, tokens, kv_heads, capacity, head_size;
+  const Cell *past_key, *past_value;
+  const float *k, *v;
+  const int64_t* past_lengths;  // past_length + tokens <= capacity
+  Cell *present_key, *present_value;
+};
+
+// What both attention operators share. Query heads are a multiple of key heads, those are even.
+struct Heads {
+  int64_t batch, queries, heads, kv_heads, capacity, head_size;
+  const float *q, *lambda, *norm_weight;
+  float lambda_init;
+  float* output;
+};
+
+// Shapes as in export/ops/differential_attention.py.
+template <class Cell>
+struct WindowAttention {
+  Heads heads;
+  int64_t window;
+  const float *k, *v;
+  const Cell *past_key, *past_value;
+  const int64_t *past_lengths, *lengths;  // lengths: 0 .. queries
+  Cell *present_key, *present_value;
+};
+
+// Shapes as in export/ops/differential_cross_attention.py.
+template <class Cell>
+struct CrossAttention {
+  Heads heads;
+  const Cell *key, *value;
+  const int64_t* positions;  // 0 .. capacity - 1
+};
+
+// The operators, compiled for one instruction set.
+struct Kernels {
+  const char* isa;
+  void (*causal_conv_with_state)(const CausalConv&, const Pool&);
+  void (*selective_scan)(const Scan&, const Pool&);
+  void (*gated_memory_unit)(const GatedMemory&, const Pool&);
+  void (*append_key_value)(const Append<float>&, const Pool&);
+  void (*append_key_value_half)(const Append<Half>&, const Pool&);
+  void (*differential_attention)(const WindowAttention<float>&, const Pool&);
+  void (*differential_attention_half)(const WindowAttention<Half>&, const Pool&);
+  void (*differential_cross_attention)(const CrossAttention<float>&, const Pool&);
+  void (*differential_cross_attention_half)(const CrossAttention<Half>&, const Pool&);
+};
+
+// The kernels for a named instruction set: "portable", "neon", "avx2" or "avx512"; for null or ""
+// the best this machine has. Null where the machine or the build lacks the one named.
+const Kernels* find_kernels(const char* isa);
+
+}  // namespace sambay
