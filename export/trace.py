@@ -75,7 +75,7 @@ def trace(checkpoint: Checkpoint, *, all_logits: bool = False) -> ir.Model:
     axes = {name: torch.export.Dim(name) for name in ("batch", "window", "capacity")}
     flat = [{n: axes[axis] for n, axis in enumerate(s.shape) if axis in axes} for s in states]
     hidden = [f"hidden_states.{i}" for i in range(config.num_hidden_layers)] if all_logits else []
-    with _quiet_exporter():
+    with _quiet_exporter(), torch.no_grad():
         program = torch.onnx.export(
             model,
             (ids, mask, pairs),

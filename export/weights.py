@@ -32,7 +32,7 @@ def fake_weights(checkpoint: Checkpoint, mode: FakeTensorMode) -> SambaY:
         for name, tensor in checkpoint.tensors.items():
             dtype = TORCH_DTYPES[tensor.dtype]
             _set_parameter(model, name, torch.empty(tensor.shape, dtype=dtype))
-    return model.eval()
+    return model.eval().requires_grad_(False)
 
 
 def _set_parameter(model: SambaY, name: str, value: torch.Tensor) -> None:
