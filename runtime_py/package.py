@@ -13,6 +13,7 @@ from pathlib import Path
 import onnxruntime as ort
 
 from runtime_py.errors import InputError, PackageError
+from runtime_py.native import library_path
 
 MODEL_FILE = "model.onnx"
 VERSION = "1"
@@ -78,7 +79,10 @@ def open_model(
     options.intra_op_num_threads = threads or _physical_cores()
     options.inter_op_num_threads = 1
     options.log_severity_level = 4  # an error arrives as an exception, told once
+    library = library_path() if set(providers or (CPU,)) == {CPU} else None
     try:
+        if library is not None:  # pins our operators to the CPU, so not beside other providers
+            options.register_custom_ops_library(str(library))
         return ort.InferenceSession(str(path), options, providers=list(providers or (CPU,)))
     except Exception as error:  # ONNX Runtime's exceptions share no narrower base
         reason = " ".join(str(error).split())[:300]

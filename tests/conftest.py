@@ -13,6 +13,7 @@ from export.model import SambaY
 from export.states import all_states
 from export.weights import load_weights
 from runtime_py import Session
+from runtime_py.native import library_path
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -94,21 +95,30 @@ def golden(request: pytest.FixtureRequest) -> Path:
     return GOLDEN / request.param
 
 
-@pytest.fixture(scope="session", params=["torch", "package"])
+RUNNERS = ["torch", "portable", "native"]
+
+
+def runner(kind: str, golden: Path, export: Callable[..., Path], *options: str) -> Start:
+    """How to start a run: the torch model, or a package with portable or with native operators."""
+    if kind == "torch":
+        model = load_weights(open_checkpoint(golden)).eval()
+        return lambda batch=1: TorchRun(model, batch)
+    if kind == "native" and library_path() is None:
+        pytest.skip("the native operators were not built: needs a C++ compiler")
+    package = export(golden, "cpu-fp32", *options)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SAMBAY_NATIVE", "1" if kind == "native" else "0")
+        session = Session(package, threads=2)
+    return lambda batch=1: PackageRun(session, batch)
+
+
+@pytest.fixture(scope="session", params=RUNNERS)
 def start(request: pytest.FixtureRequest, golden: Path, export: Callable[..., Path]) -> Start:
     """start(batch) -> a fresh run of the golden checkpoint, last-token logits."""
-    if request.param == "torch":
-        model = load_weights(open_checkpoint(golden)).eval()
-        return lambda batch=1: TorchRun(model, batch)
-    session = Session(export(golden, "cpu-fp32"), threads=2)
-    return lambda batch=1: PackageRun(session, batch)
+    return runner(request.param, golden, export)
 
 
-@pytest.fixture(scope="session", params=["torch", "package"])
+@pytest.fixture(scope="session", params=RUNNERS)
 def start_all(request: pytest.FixtureRequest, golden: Path, export: Callable[..., Path]) -> Start:
     """As start, for logits of all tokens."""
-    if request.param == "torch":
-        model = load_weights(open_checkpoint(golden)).eval()
-        return lambda batch=1: TorchRun(model, batch)
-    session = Session(export(golden, "cpu-fp32", "--all-logits"), threads=2)
-    return lambda batch=1: PackageRun(session, batch)
+    return runner(request.param, golden, export, "--all-logits")
