@@ -16,6 +16,7 @@ from runtime_py import Session
 from runtime_py.native import library_path
 
 GOLDEN = Path(__file__).parent / "golden"
+torch.set_num_threads(1)  # the tensors are small: a second thread only waits
 
 
 class TorchRun:
