@@ -16,8 +16,9 @@ SHARE_OF_TALK = 0.12  # of the turns of a conversation
 # The curriculum: a model that cannot yet match one word to one digit learns nothing from more.
 BOOKS = (
     BookShape(entries=8, words=1, digits=1, questions=24),
-    BookShape(entries=8, words=2, digits=2, questions=16),
-    BookShape(entries=8, questions=16),
+    BookShape(entries=8, words=1, digits=1, questions=24, listed=True),
+    BookShape(entries=8, words=2, digits=2, questions=16, listed=True),
+    BookShape(entries=8, questions=16, listed=True),
     BookShape(entries=16, questions=16),
     BookShape(entries=32, questions=24),
     BookShape(entries=64, questions=24),
@@ -59,6 +60,17 @@ class Encoder:
             book = ""
         return ids, answers
 
+    def listing(self, book: Book) -> tuple[list[int], list[int]]:
+        """Ids and answer numbers where one answer lists lines; only their numbers are learned."""
+        ids = [self._user, *self._ids(book.text), self._end, self._assistant]
+        answers = [0] * len(ids)
+        for place, turn in enumerate(book.turns, 1):
+            name, mark, number = turn.answer.partition(": ")
+            key, digits, end = (self._ids(text) for text in (name + mark, number, "\n"))
+            ids += [*key, *digits, *end]
+            answers += [0] * len(key) + [place] * len(digits) + [0] * len(end)
+        return ids, answers
+
     def _ids(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
@@ -83,7 +95,9 @@ def conversations(
 
 def books(encoder: Encoder, random: Random, split: Split, *, rows: int, shape: BookShape) -> Batch:
     """Rows of one phonebook each, all of one shape."""
-    made: list[Book] = [phonebook(random, split, shape) for _ in range(rows)]
+    made = [phonebook(random, split, shape) for _ in range(rows)]
+    if shape.listed:
+        return stack([encoder.listing(book) for book in made])
     return stack([encoder.row(book.turns, book.text) for book in made])
 
 

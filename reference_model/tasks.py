@@ -60,12 +60,22 @@ class BookShape:
         words: words of a name, 1 or 2.
         digits: digits of a number.
         questions: how many, over entries chosen without repetition while there are any left.
+        listed: no questions; one answer gives the lines again in another order. An exercise: it
+            takes half the tokens.
     """
 
     entries: int
     words: int = 2
     digits: int = 4
     questions: int = 8
+    listed: bool = False
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a book and its questions, about."""
+        line = self.words + self.digits + 2
+        question = 0 if self.listed else self.words + 5
+        return self.entries * line + self.questions * (question + line)
 
 
 def split_of(case: str) -> Split:

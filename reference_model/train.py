@@ -36,6 +36,7 @@ DECAY = 0.3  # last part of the run, in which the learning rate falls to nothing
 WEIGHT_DECAY = 0.01
 TOKENS = ((0, 2_048, 2_048), (400, 1_536, 3_072))  # from a step on, of conversations, of books
 ROW = 96  # tokens of a conversation
+FIRST_BOOKS = 500  # step at which the first stage of phonebooks ends, passed or not
 PASS = 0.9  # share of exact answers that ends a stage of the curriculum
 REPORT = 20  # steps between two lines of the log
 SAVE = 100  # steps between two scores, and two saved states
@@ -156,15 +157,13 @@ def batches_of(step: int, progress: Progress, encoder: Encoder) -> list[Batch]:
     random = Random(f"{SEED} {step}")
     _, talked, looked_up = max(tokens for tokens in TOKENS if tokens[0] <= step)
     shape = BOOKS[progress.book]
-    if progress.book > 2 and random.random() < 0.4:  # short books must not be forgotten
-        shape = BOOKS[random.randint(2, progress.book - 1)]
-    size = shape.entries * (shape.words + shape.digits + 2)
-    size += shape.questions * (2 * shape.words + shape.digits + 6)
+    if progress.book > 3 and random.random() < 0.4:  # short books must not be forgotten
+        shape = BOOKS[random.randint(3, progress.book - 1)]
     return [
         conversations(
             encoder, random, rows=talked // ROW, tokens=ROW, digits=DIGITS[progress.numbers]
         ),
-        books(encoder, random, "train", rows=max(2, looked_up // size), shape=shape),
+        books(encoder, random, "train", rows=max(2, looked_up // shape.tokens), shape=shape),
     ]
 
 
@@ -280,8 +279,8 @@ def _report(
     if progress.step % SAVE == 0:
         scores = score(model, encoder, progress)
         entry["exact"] = scores
-        if scores["phonebook"] >= PASS and progress.book + 1 < len(BOOKS):
-            progress.book += 1
+        passed = scores["phonebook"] >= PASS or progress.step == FIRST_BOOKS
+        progress.book = min(progress.book + passed, len(BOOKS) - 1)
         if min(scores["sums"], scores["differences"]) >= PASS:
             progress.numbers = min(progress.numbers + 1, len(DIGITS) - 1)
     print(json.dumps(entry), flush=True)
