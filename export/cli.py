@@ -22,9 +22,8 @@ from rich.progress import (
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from targets.target import Target
-
     from export.checkpoint import Checkpoint
+    from targets.target import Target
 
 REFERENCE = Path(__file__).parent / "reference"
 
@@ -143,12 +142,11 @@ def _write(
     options: argparse.Namespace,
     console: Console,
 ) -> Path:
-    from targets.destination import check_destination
-    from targets.package import package_size, write_package
-
     from export.checkpoint import CheckpointError, find_non_finite
     from export.tokenizer import write_tokenizer
     from graph_passes.pipeline import run_passes
+    from targets.destination import check_destination
+    from targets.package import package_size, write_package
 
     check_destination(destination, force=options.force)
     with _progress(console) as progress:
