@@ -14,6 +14,7 @@ from onnxscript import script
 from export.ops.append_key_value import SlotIndices
 from export.ops.custom_op import DOMAIN, CustomOp, Sample, make_trainable
 from export.ops.masked_attention import MaskedDifferentialAttention, attend
+from export.ops.ring import RingLayout, visible_in_ring, write_ring
 
 
 def reference(
@@ -44,13 +45,6 @@ def reference(
     Returns:
         Output [batch, tokens, num_heads * head_size], present_key, present_value.
     """
-    tokens, capacity = q.shape[1], past_key.shape[2]
-    past, now = past_lengths[:, None], (past_lengths + lengths)[:, None]
-    new_positions = past + torch.arange(tokens, device=q.device)  # [batch, tokens]
-    slots = torch.arange(capacity, device=q.device)
-    positions = torch.cat([_newest_in_slot(past, slots, capacity), new_positions], dim=1)
-    distance = new_positions[:, :, None] - positions[:, None]  # [batch, tokens, capacity + tokens]
-    visible = (distance >= 0) & (distance < window) & (positions >= 0)[:, None]
     new_key, new_value = (
         new.unflatten(2, (num_kv_heads, -1)).transpose(1, 2).to(past_key.dtype) for new in (k, v)
     )
@@ -58,25 +52,16 @@ def reference(
         q,
         torch.cat([past_key, new_key], dim=2),
         torch.cat([past_value, new_value], dim=2),
-        visible,
+        visible_in_ring(past_lengths, tokens=q.shape[1], capacity=past_key.shape[2], window=window),
         lambda_,
         norm_weight,
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         lambda_init=lambda_init,
     )
-    source = _newest_in_slot(now, slots, capacity) - past  # [batch, capacity]; < 0: the slot stays
-    index = source.clamp(min=0)[:, None, :, None].expand(-1, num_kv_heads, -1, past_key.shape[3])
-    fresh = (source >= 0)[:, None, :, None]
-    present_key = torch.where(fresh, new_key.gather(2, index), past_key)
-    present_value = torch.where(fresh, new_value.gather(2, index), past_value)
+    present_key = write_ring(past_key, new_key, past_lengths, lengths)
+    present_value = write_ring(past_value, new_value, past_lengths, lengths)
     return output, present_key, present_value
-
-
-def _newest_in_slot(lengths: torch.Tensor, slots: torch.Tensor, capacity: int) -> torch.Tensor:
-    """Position of the newest of `lengths` tokens in each slot; negative where there is none yet."""
-    newest = lengths - 1
-    return newest - torch.remainder(newest - slots, capacity)
 
 
 differential_attention = torch.library.custom_op(
@@ -107,8 +92,6 @@ def DifferentialAttention(
     lambda_init: float,
 ):
     """Portable body."""
-    zero = op.Constant(value_int=0)
-    one = op.Constant(value_int=1)
     rest = op.Constant(value_ints=[-1])
     kv_heads = op.Reshape(op.Constant(value_int=num_kv_heads), rest)
     split = op.Concat(op.Constant(value_ints=[0, 0]), kv_heads, rest, axis=0)
@@ -117,19 +100,7 @@ def DifferentialAttention(
     keys = op.Concat(past_key, new_key, axis=2)
     values = op.Concat(past_value, new_value, axis=2)
 
-    past = op.Unsqueeze(past_lengths, [1])  # [batch, 1]
-    count = op.Unsqueeze(lengths, [1])
-    capacity = op.Squeeze(op.Shape(past_key, start=2, end=3))
-    offsets = op.Range(zero, op.Squeeze(op.Shape(q, start=1, end=2)), one)
-    newest = op.Sub(past, one)
-    age = op.Mod(op.Sub(newest, op.Range(zero, capacity, one)), capacity)
-    new_positions = op.Add(past, offsets)  # [batch, tokens]
-    positions = op.Concat(op.Sub(newest, age), new_positions, axis=1)  # [batch, capacity + tokens]
-    distance = op.Sub(op.Unsqueeze(new_positions, [2]), op.Unsqueeze(positions, [1]))
-    causal = op.And(
-        op.GreaterOrEqual(distance, zero), op.Less(distance, op.Constant(value_int=window))
-    )
-    visible = op.And(causal, op.Unsqueeze(op.GreaterOrEqual(positions, zero), [1]))
+    visible, from_joined, into_ring = RingLayout(q, past_key, past_lengths, lengths, window=window)
     output = MaskedDifferentialAttention(
         q,
         keys,
@@ -141,15 +112,6 @@ def DifferentialAttention(
         num_kv_heads=num_kv_heads,
         lambda_init=lambda_init,
     )
-
-    # Every token writes its slot; padding and tokens that would be overwritten at once write what a
-    # kept neighbour writes, a row of padding only writes back what its slot holds.
-    oldest = op.Max(op.Sub(count, capacity), zero)
-    kept = op.Min(op.Max(offsets, oldest), op.Sub(count, one))  # [batch, tokens]
-    slots = op.Mod(op.Add(past, kept), capacity)
-    source = op.Where(op.Greater(count, zero), op.Add(capacity, kept), slots)
-    from_joined = SlotIndices(source, kv_heads)
-    into_ring = SlotIndices(slots, kv_heads)
     present_key = op.ScatterND(past_key, into_ring, op.GatherND(keys, from_joined))
     present_value = op.ScatterND(past_value, into_ring, op.GatherND(values, from_joined))
     return output, present_key, present_value
@@ -177,5 +139,5 @@ OP = CustomOp(
     torch.ops.sambay.differential_attention.default,
     DifferentialAttention,
     _sample,
-    parts=(MaskedDifferentialAttention, SlotIndices),
+    parts=(MaskedDifferentialAttention, RingLayout, SlotIndices),
 )
