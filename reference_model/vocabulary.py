@@ -32,8 +32,8 @@ _SPECIAL = (
     "<|tag|>",
 )
 
-# One alternative a kind of piece: thinking marks, box, digit, word, colon, mark, white space. Classes
-# of ASCII characters only: ONNX Runtime GenAI compiles the pattern as a C++ regular expression.
+# One alternative a kind of piece: thinking marks, box, digit, word, colon, mark, white space. Only
+# ASCII classes: ONNX Runtime GenAI compiles the pattern as a C++ regular expression.
 _PIECES = r"</?think>|\\boxed[{]|[0-9]| ?[^\s!-@\[-`{-~]+|: ?| ?[!-/:-@\[-`{-~]|\s"
 _WORDS = r"</?think>|\\boxed\{| ?[A-Za-z]+|: "
 
