@@ -8,6 +8,7 @@ Source: SambaY (arXiv 2507.06607) and the published checkpoint's layout.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -198,21 +199,81 @@ class MLP(nn.Module):
         return self.fc2(functional.silu(both[..., :half]) * both[..., half:])
 
 
+@dataclass
+class Flow:
+    """What goes from layer to layer within a call; T tokens in the first half of the network.
+
+    Attributes:
+        hidden: [batch, T, hidden], the residual stream.
+        positions: [batch, T] int64, of each token among its row's real ones.
+        past_lengths, lengths: [batch] int64, real tokens before and in this call.
+        memory: [batch, T, inner], what the latest scan wrote; None before the first.
+        shared: filled keys and values of layer M+1, [batch, Hk, capacity, D]; () before it.
+    """
+
+    hidden: Tensor
+    positions: Tensor
+    past_lengths: Tensor
+    lengths: Tensor
+    memory: Tensor | None = None
+    shared: tuple[Tensor, ...] = ()
+
+    def keep_last(self, x: Tensor) -> Tensor:
+        """Go on with each row's last real token alone, and so with that row of x."""
+        last = (self.lengths - 1).clamp(min=0).unsqueeze(1)  # [batch, 1]
+        assert self.memory is not None  # a Mamba layer comes first
+        self.hidden, x, self.memory = (take_rows(t, last) for t in (self.hidden, x, self.memory))
+        self.positions = self.positions.gather(1, last)
+        return x
+
+
 class Layer(nn.Module):
     """Mixer and MLP, each behind its norm."""
 
     def __init__(self, config: SambaYConfig, layer: int) -> None:
         super().__init__()
-        kind = config.layer_kind(layer)
+        self.kind = config.layer_kind(layer)
         self.input_layernorm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        if kind == "mamba":
-            self.attn: nn.Module = Mamba(config)
-        elif kind == "gmu":
+        self.attn: Any  # typed by kind, which the checker cannot see
+        if self.kind == "mamba":
+            self.attn = Mamba(config)
+        elif self.kind == "gmu":
             self.attn = GatedMemoryUnit(config)
         else:
             self.attn = Attention(config, layer)
         self.post_attention_layernorm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = MLP(config)
+
+    def forward(
+        self, flow: Flow, state: tuple[Tensor, ...], *, keep_all: bool
+    ) -> tuple[Tensor, ...]:
+        """Move the flow through this layer.
+
+        Args:
+            state: the pair of this layer; () for the layers after M+1, which have none.
+            keep_all: layer M+1 goes on with every token, not only each row's last.
+
+        Returns:
+            The new state, a pair or ().
+        """
+        x = self.input_layernorm(flow.hidden)
+        present: tuple[Tensor, ...] = ()
+        if self.kind == "mamba":
+            mixed, flow.memory, *present = self.attn(x, *state, flow.lengths)
+        elif self.kind == "window_attention":
+            mixed, *present = self.attn.in_window(x, *state, flow.past_lengths, flow.lengths)
+        elif self.kind == "gmu":
+            mixed = self.attn(x, flow.memory)
+        else:
+            if self.kind == "full_attention":
+                rows = self.attn.keys_and_values(x)
+                flow.shared = present = append_key_value(*state, *rows, flow.past_lengths)
+                if not keep_all:
+                    x = flow.keep_last(x)
+            mixed = self.attn.over_cache(x, *flow.shared, flow.positions)
+        hidden = flow.hidden + mixed
+        flow.hidden = hidden + self.mlp(self.post_attention_layernorm(hidden))
+        return tuple(present)
 
 
 class Decoder(nn.Module):
@@ -258,46 +319,16 @@ class SambaY(nn.Module):
             logits [batch, 1 or tokens, vocab] float32, the new states, and each layer's output
             (only with all_logits, else empty).
         """
-        config = self.config
-        tokens = input_ids.shape[1]
-        first, past_lengths, lengths = token_layout(attention_mask, tokens)
-        offsets = torch.arange(tokens, device=input_ids.device)
-        # Rows padded on the left are moved to the left; what remains is padding on the right.
-        source = (first.unsqueeze(1) + offsets).clamp(max=tokens - 1)
-        hidden = functional.embedding(input_ids.gather(1, source), self.model.embed_tokens.weight)
-        hidden = hidden.float()
-        positions = past_lengths.unsqueeze(1) + offsets
-        last = (lengths - 1).clamp(min=0).unsqueeze(1)  # [batch, 1]
+        flow = begin_flow(input_ids, attention_mask, self.model.embed_tokens.weight)
         present: States = []
         outputs: list[Tensor] = []
-        layers: list[Any] = list(self.model.layers)  # typed by kind, which the checker cannot see
-        for i, layer in enumerate(layers):
-            kind = config.layer_kind(i)
-            x = layer.input_layernorm(hidden)
-            if kind == "mamba":
-                mixed, memory, conv_state, scan_state = layer.attn(x, *states[i], lengths)
-                present.append((conv_state, scan_state))
-            elif kind == "window_attention":
-                mixed, key, value = layer.attn.in_window(x, *states[i], past_lengths, lengths)
-                present.append((key, value))
-            elif kind == "full_attention":
-                key, value = append_key_value(
-                    *states[i], *layer.attn.keys_and_values(x), past_lengths
-                )
-                present.append((key, value))
-                if not all_logits:
-                    hidden, x, memory = (take_rows(t, last) for t in (hidden, x, memory))
-                    positions = positions.gather(1, last)
-                mixed = layer.attn.over_cache(x, key, value, positions)
-            elif kind == "gmu":
-                mixed = layer.attn(x, memory)
-            else:
-                mixed = layer.attn.over_cache(x, key, value, positions)
-            hidden = hidden + mixed
-            hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+        for i, layer in enumerate(self.model.layers):
+            pair = layer(flow, states[i] if i < len(states) else (), keep_all=all_logits)
+            if pair:
+                present.append(pair)
             if all_logits:
-                outputs.append(hidden)
-        normed = self.model.final_layernorm(hidden)
+                outputs.append(flow.hidden)
+        normed = self.model.final_layernorm(flow.hidden)
         head = self.lm_head.weight if hasattr(self, "lm_head") else self.model.embed_tokens.weight
         return functional.linear(normed, head.float()), present, outputs
 
@@ -318,6 +349,22 @@ class SambaY(nn.Module):
                 pair = torch.zeros(shape, device=device), torch.zeros(shape, device=device)
             states.append(pair)
         return states
+
+
+def begin_flow(input_ids: Tensor, attention_mask: Tensor, embedding: Tensor) -> Flow:
+    """What enters layer 0.
+
+    Args:
+        input_ids, attention_mask: of the call, as `SambaY.forward` takes them.
+        embedding: [vocab, hidden].
+    """
+    tokens = input_ids.shape[1]
+    first, past_lengths, lengths = token_layout(attention_mask, tokens)
+    offsets = torch.arange(tokens, device=input_ids.device)
+    # Rows padded on the left are moved to the left; what remains is padding on the right.
+    source = (first.unsqueeze(1) + offsets).clamp(max=tokens - 1)
+    hidden = functional.embedding(input_ids.gather(1, source), embedding).float()
+    return Flow(hidden, past_lengths.unsqueeze(1) + offsets, past_lengths, lengths)
 
 
 def token_layout(attention_mask: Tensor, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
