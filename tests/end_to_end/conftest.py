@@ -1,0 +1,68 @@
+"""Checkpoints of other sizes than the goldens', and packages made of them."""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from export.checkpoint import open_checkpoint
+from export.trace import trace
+from graph_passes.pipeline import run_passes
+from targets import find_target
+from targets.package import write_package
+from tests.end_to_end.random_weights import write_checkpoint
+from tests.end_to_end.sizes import COMMON, REAL_WIDTHS, SIZES
+
+
+@dataclass(frozen=True)
+class Written:
+    """A checkpoint on disk, and what is in it."""
+
+    folder: Path
+    config: dict[str, Any]
+    weights: dict[str, np.ndarray]
+
+
+@pytest.fixture(scope="session")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Written]:
+    """Write a checkpoint of one of the sizes, once a test session: written(name)."""
+
+    @functools.cache
+    def write(name: str) -> Written:
+        dtype, sizes = SIZES[name]
+        folder, config = tmp_path_factory.mktemp("checkpoint"), COMMON | sizes
+        return Written(folder, config, write_checkpoint(folder, config, dtype))
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def real_widths(tmp_path_factory: pytest.TempPathFactory) -> Written:
+    """The published widths in few layers: 0.9 billion weights."""
+    folder, config = tmp_path_factory.mktemp("checkpoint"), COMMON | REAL_WIDTHS
+    return Written(folder, config, write_checkpoint(folder, config, "BF16"))
+
+
+@pytest.fixture(scope="session")
+def package(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path, str], Path]:
+    """Make a package, once a test session: package(checkpoint, target).
+
+    Tracing takes most of an export; all targets share one trace of a checkpoint.
+    """
+
+    @functools.cache
+    def traced(checkpoint: Path):
+        return trace(open_checkpoint(checkpoint))
+
+    @functools.cache
+    def make(checkpoint: Path, name: str) -> Path:
+        target = find_target(name)
+        model = run_passes(traced(checkpoint), target.passes)
+        destination = tmp_path_factory.mktemp("package") / name
+        return write_package(model, destination, target=target, facts={})
+
+    return make
