@@ -84,6 +84,11 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--force", action="store_true", help="replace an existing package")
     parser.add_argument(
+        "--portable",
+        action="store_true",
+        help="leave out the native operators, so that GenAI loads the package on other systems too",
+    )
+    parser.add_argument(
         "--all-logits",
         action="store_true",
         help="for evaluation: logits of every token and the output of every layer; slower prefill",
@@ -145,6 +150,7 @@ def _write(
     from export.checkpoint import CheckpointError, find_non_finite
     from export.tokenizer import write_tokenizer
     from graph_passes.pipeline import run_passes
+    from runtime_py.native import library_path
     from targets.destination import check_destination
     from targets.package import package_size, write_package
 
@@ -186,6 +192,7 @@ def _write(
                 "bytes": checkpoint.total_bytes,
                 "all_logits": options.all_logits,
             },
+            library=library_path() if target.native and not options.portable else None,
             extra_files=add_tokenizer,
             force=options.force,
             progress=stage("writing", package_size(model)),

@@ -10,9 +10,7 @@ from graph_passes.fold_weight_transposes import fold_weight_transposes
 from graph_passes.quantize_embedding import quantize_embedding
 from graph_passes.quantize_matmul import Rule, quantize_matmul
 from graph_passes.read_tied_head_in_place import read_tied_head_in_place
-from targets.target import Target
-
-_PROVIDER = "CPUExecutionProvider"
+from targets.target import CPU, Target
 
 # What steers the scan: small (1 % of the weights), and an error in a step size lasts.
 _SCAN_INPUTS: tuple[Rule, ...] = (("*.x_proj.*", None), ("*.dt_proj.*", None))
@@ -26,7 +24,7 @@ _SHARED_RESULTS: tuple[Rule, ...] = (
 FP32 = Target(
     name="cpu-fp32",
     summary="float32 throughout: the reference",
-    provider=_PROVIDER,
+    provider=CPU,
     passes=(
         cleanup,
         fold_weight_casts,
@@ -38,7 +36,7 @@ FP32 = Target(
 INT8 = Target(
     name="cpu-int8",
     summary="8-bit weights: half the size of float16, next to no loss",
-    provider=_PROVIDER,
+    provider=CPU,
     passes=(
         cleanup,
         partial(quantize_embedding, bits=8, block_size=32),
@@ -51,7 +49,7 @@ INT8 = Target(
 INT4 = Target(
     name="cpu-int4",
     summary="4-bit weights, 8-bit where it matters most: the smallest and fastest",
-    provider=_PROVIDER,
+    provider=CPU,
     passes=(
         cleanup,
         partial(quantize_embedding, bits=8, block_size=32),

@@ -9,6 +9,7 @@ Source: behaviour of onnxruntime-genai 0.18.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import onnx_ir as ir
@@ -20,12 +21,20 @@ _MAX_LENGTH = 32_768
 _SAMPLING = {"do_sample": True, "temperature": 0.6, "top_p": 0.95}
 
 
-def genai_config(model: ir.Model, filename: str) -> dict[str, Any]:
+def genai_config(
+    model: ir.Model,
+    filename: str,
+    *,
+    session_options: Mapping[str, Any],
+    max_context: int | None,
+) -> dict[str, Any]:
     """Describe a model.
 
     Args:
         model: with metadata ``sambay.config``.
         filename: of the model, in the same folder.
+        session_options: of the target, with the name of the native library where there is one.
+        max_context: most tokens of a session; None takes the model's.
     """
     config = json.loads(model.metadata_props["sambay.config"])
     memory_layer = config["num_hidden_layers"] // 2
@@ -47,7 +56,7 @@ def genai_config(model: ir.Model, filename: str) -> dict[str, Any]:
                 "num_key_value_heads": config["num_key_value_heads"],
                 "head_size": config["hidden_size"] // config["num_attention_heads"],
                 "num_hidden_layers": config["num_hidden_layers"],
-                "session_options": {"provider_options": []},
+                "session_options": dict(session_options),
                 "sliding_window": {
                     "window_size": config["sliding_window"],
                     "slide_key_value_cache": False,  # the graph writes them as rings
@@ -68,7 +77,7 @@ def genai_config(model: ir.Model, filename: str) -> dict[str, Any]:
             },
         },
         "search": {
-            "max_length": min(config["context_length"], _MAX_LENGTH),
+            "max_length": min(config["context_length"], max_context or _MAX_LENGTH, _MAX_LENGTH),
             "past_present_share_buffer": True,
             **_SAMPLING,
         },

@@ -2,6 +2,7 @@
 
 model.onnx, model.onnx.data    the graph and its weights
 genai_config.json              for ONNX Runtime GenAI
+sambay_ops.so, .dll, .dylib    native operators, where the target's provider is the CPU
 tokenizer files                from the caller
 manifest.json                  how it was made, digests
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -22,6 +24,7 @@ from targets.manifest import manifest
 from targets.target import Target
 
 MODEL, DATA, GENAI = "model.onnx", "model.onnx.data", "genai_config.json"
+LIBRARY = "sambay_ops"  # and the suffix of the system it is for
 
 # Smaller tensors stand in the graph itself, where shape inference finds the constants it needs.
 _OUTSIDE = 1024
@@ -37,6 +40,7 @@ def write_package(
     target: Target,
     facts: Mapping[str, Any],
     extra_files: Callable[[Path], None] | None = None,
+    library: Path | None = None,
     force: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> Path:
@@ -50,6 +54,8 @@ def write_package(
         destination: the folder to make.
         target: whose passes ran.
         facts: of the source checkpoint, for the manifest; JSON, no paths.
+        library: native operators to put in, if the target takes them; ONNX Runtime GenAI then loads
+            the package on this library's system only, every other runtime anywhere.
         extra_files: puts further files, such as the tokenizer's, into the folder it is given.
         force: replace a package at the destination, once the new one is complete.
         progress: told the number of bytes written since it was last called; they add up to
@@ -68,7 +74,12 @@ def write_package(
         with (folder / DATA).open("wb") as file:
             digest = _move_weights(model, _Data(file, progress or _silent))
         ir.save(model, folder / MODEL)
-        _write_json(folder / GENAI, genai_config(model, MODEL))
+        options = dict(target.session_options)
+        if library is not None and target.native:
+            options["custom_ops_library"] = LIBRARY + library.suffix
+            shutil.copyfile(library, folder / options["custom_ops_library"])
+        config = genai_config(model, MODEL, session_options=options, max_context=target.max_context)
+        _write_json(folder / GENAI, config)
         if extra_files is not None:
             extra_files(folder)
         contents = manifest(folder, target=target, facts=facts, known={DATA: digest})

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from graph_passes.pipeline import Pass
+
+CPU = "CPUExecutionProvider"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,6 +21,7 @@ class Target:
         provider: ONNX Runtime execution provider that runs the package.
         passes: the whole recipe, in order; nothing is added behind its back.
         max_context: most tokens in one session; None when only memory limits it.
+        session_options: what ONNX Runtime GenAI opens the model with, as genai_config.json has it.
     """
 
     name: str
@@ -24,3 +29,9 @@ class Target:
     provider: str
     passes: tuple[Pass, ...]
     max_context: int | None = None
+    session_options: Mapping[str, Any] = field(default_factory=lambda: {"provider_options": []})
+
+    @property
+    def native(self) -> bool:
+        """Whether packages carry the library of native operators, which run on the CPU only."""
+        return self.provider == CPU
