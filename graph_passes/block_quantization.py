@@ -1,31 +1,56 @@
-"""Symmetric round-to-nearest quantization of matrices in blocks along their rows.
+"""Matrices in 4 or 8 bits, in blocks along their rows.
 
 Every block of ``block_size`` neighbours in a row shares one float32 scale:
 
-    scale = max |w| / (2^(bits-1) - 1)        stored = round(w / scale) + 2^(bits-1)
+    w = scale * (stored - zero)
 
-So the error is at most half a scale. Stored values are unsigned; two 4-bit values share a byte,
-the first in the low half. A last block that the row does not fill is filled with zeros.
+Stored values are unsigned; two 4-bit values share a byte, the first in the low half. Zero is the
+middle value, 8 or 128, or one of the block's own, packed like the values, a row's on whole bytes.
+A last block that the row does not fill is filled with zeros.
 
-Source: the operator com.microsoft.MatMulNBits without zero points.
+Source: the operator com.microsoft.MatMulNBits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import onnx_ir as ir
 
-from graph_passes.streamed_tensor import StreamedTensor, read_float32_rows, rows_per_chunk
-
-BLOCK_SIZES = (16, 32, 64, 128, 256)
+from graph_passes.error_compensation import Compensation
+from graph_passes.recipe import WeightFormat
+from graph_passes.scale_search import round_to_nearest, search_scales
+from graph_passes.streamed_tensor import (
+    StreamedTensor,
+    joined_rows,
+    read_float32_rows,
+    rows_per_chunk,
+)
 
 # 2^23 as float32: from here to 2^24 neighbours are 1 apart, so adding it rounds to the nearest
 # integer, which then stands in the lowest bits. Faster than rounding and converting.
 _ROUNDER = np.float32(1 << 23)
 _TOP = 0x4  # the topmost four bits of any float32 in that range
+
+_LEAST_IMPORTANCE = np.float32(0.01)  # of a column, as a share of the mean
+
+# Rows that errors are compensated in at once: the loop over columns costs the same for few.
+_COMPENSATED_ROWS = 2048
+
+
+class Calibration(Protocol):
+    """What is known of a linear layer's inputs x."""
+
+    def second_moments(self) -> np.ndarray:
+        """Mean of x x^T, [columns, columns] float32, symmetric, not all zero."""
+        ...
+
+    def mean_squares(self) -> np.ndarray:
+        """The diagonal of it, [columns] float32."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,114 +60,154 @@ class Quantized:
     Attributes:
         packed: uint8 [rows, blocks, block_size * bits / 8].
         scale: float32 [rows, blocks], never zero.
+        zero_points: uint8 [rows, ceil(blocks * bits / 8)], or None where zero is the middle value.
         bits: 4 or 8.
         columns: of the matrix; the last block may reach beyond them.
     """
 
     packed: np.ndarray
     scale: np.ndarray
+    zero_points: np.ndarray | None
     bits: int
     columns: int
 
 
-def quantize(weight: np.ndarray, *, bits: int, block_size: int) -> Quantized:
+@dataclass(frozen=True, kw_only=True)
+class QuantizedTensors:
+    """A quantized matrix as tensors to be written, in this order."""
+
+    packed: StreamedTensor
+    scales: StreamedTensor
+    zero_points: StreamedTensor | None
+
+
+def quantize(
+    weight: np.ndarray, form: WeightFormat, calibration: Calibration | None = None
+) -> Quantized:
     """Quantize a matrix.
 
     Args:
         weight: [rows, columns] float32, finite.
-        bits: 4 or 8.
-        block_size: one of ``BLOCK_SIZES``.
+        calibration: of its inputs. "gptq" needs it, "search" weighs errors by it, "rtn" ignores it.
 
     Raises:
-        ValueError: bits or block_size not offered; a NaN or an infinity in the weight.
+        ValueError: a NaN or an infinity in the weight; "gptq" without calibration.
     """
-    check_settings(bits, block_size)
-    rows, columns = weight.shape
-    blocks = count_blocks(columns, block_size)
-    packed = np.empty((rows, blocks, block_size * bits // 8), np.uint8)
-    scale = np.empty((rows, blocks), np.float32)
+    quantizer = _Quantizer(form, weight.shape[1], calibration)
     step = rows_per_chunk(weight.shape)
-    for start in range(0, rows, step):
-        part = np.ascontiguousarray(weight[start : start + step], np.float32)
-        if missing := blocks * block_size - columns:
-            part = np.pad(part, ((0, 0), (0, missing)))
-        in_blocks = part.reshape(-1, blocks, block_size)
-        scale[start : start + step] = _scales(in_blocks, bits)
-        packed[start : start + step] = _pack(in_blocks, scale[start : start + step], bits)
-    return Quantized(packed=packed, scale=scale, bits=bits, columns=columns)
+    if form.quantizer == "gptq":
+        step = _COMPENSATED_ROWS
+    parts = [quantizer(weight[start : start + step]) for start in range(0, len(weight), step)]
+    zero_points = [part.zero_points for part in parts if part.zero_points is not None]
+    return Quantized(
+        packed=np.concatenate([part.packed for part in parts]),
+        scale=np.concatenate([part.scale for part in parts]),
+        zero_points=np.concatenate(zero_points) if zero_points else None,
+        bits=form.bits,
+        columns=weight.shape[1],
+    )
 
 
 def dequantize(quantized: Quantized) -> np.ndarray:
     """The float32 matrix [rows, columns] that a runtime computes with."""
-    stored = quantized.packed
-    if quantized.bits == 4:
-        stored = np.stack([stored & 0xF, stored >> 4], axis=-1).reshape(*stored.shape[:2], -1)
-    centred = stored.astype(np.float32) - np.float32(1 << (quantized.bits - 1))
-    rows = centred * quantized.scale[:, :, None]
-    return rows.reshape(len(rows), -1)[:, : quantized.columns]
+    rows, blocks = quantized.scale.shape
+    stored = unpack(quantized.packed.reshape(rows, -1), quantized.bits)
+    zero: np.ndarray = np.full((rows, blocks), 1 << (quantized.bits - 1), np.float32)
+    if quantized.zero_points is not None:
+        zero = unpack(quantized.zero_points, quantized.bits)[:, :blocks].astype(np.float32)
+    centred = stored.reshape(rows, blocks, -1).astype(np.float32) - zero[:, :, None]
+    return (centred * quantized.scale[:, :, None]).reshape(rows, -1)[:, : quantized.columns]
+
+
+def pack(stored: np.ndarray, bits: int) -> np.ndarray:
+    """Bytes of integers uint8 [..., n]; 4-bit ones in pairs, an odd last one alone."""
+    if bits == 8:
+        return stored
+    if stored.shape[-1] % 2:
+        stored = np.pad(stored, [(0, 0)] * (stored.ndim - 1) + [(0, 1)])
+    return stored[..., ::2] | stored[..., 1::2] << 4
+
+
+def unpack(packed: np.ndarray, bits: int) -> np.ndarray:
+    """Integers uint8 [rows, n * 8 / bits] of bytes [rows, n]."""
+    if bits == 8:
+        return packed
+    return np.stack([packed & 0xF, packed >> 4], axis=-1).reshape(len(packed), -1)
 
 
 def quantized_tensors(
-    weight: ir.TensorProtocol, *, bits: int, block_size: int
-) -> tuple[StreamedTensor, StreamedTensor]:
-    """Two tensors, named ``{weight}.packed`` and ``{weight}.scales``, that quantize when written.
+    weight: ir.TensorProtocol, form: WeightFormat, calibration: Calibration | None = None
+) -> QuantizedTensors:
+    """Tensors named ``{weight}.packed``, ``.scales``, ``.zero_points``, quantized when written.
 
-    Written one after the other they cost one pass over the weight: the scales found while the
-    packed values were computed wait for their reader, 1/16 of the weight's float16 size.
+    Written one after the other they cost one pass over the weight: scales and zero points found
+    while the packed values were computed wait for their readers, 1/16 of the weight's float16 size.
 
     Args:
         weight: [rows, columns] float32, float16 or bfloat16.
+        calibration: as for ``quantize``.
 
     Raises:
-        ValueError: bits or block_size not offered; when read: NaN or infinity, naming the weight.
+        ValueError: "gptq" without calibration; when read: NaN or infinity, naming the weight.
     """
-    check_settings(bits, block_size)
     rows, columns = weight.shape.numpy()
-    blocks = count_blocks(columns, block_size)
-    found: list[np.ndarray] = []  # scales of the last complete pass, until they are read
+    blocks = count_blocks(columns, form.block_size)
+    check_calibration(form, calibration, weight.name)
+    waiting: dict[str, list[np.ndarray]] = {}  # of the last complete pass, until they are read
 
     def parts() -> Iterator[Quantized]:
-        for part in read_float32_rows(weight):
+        quantizer = _Quantizer(form, columns, calibration)
+        chunks = read_float32_rows(weight)
+        if form.quantizer == "gptq":
+            chunks = joined_rows(chunks, _COMPENSATED_ROWS)
+        for part in chunks:
             try:
-                yield quantize(part, bits=bits, block_size=block_size)
+                yield quantizer(part)
             except ValueError as error:
                 raise ValueError(f"cannot quantize weight {weight.name!r}: {error}") from error
 
     def packed() -> Iterator[np.ndarray]:
-        found.clear()
-        scales = []
+        waiting.clear()
+        scales, zero_points = [], []
         for part in parts():
             scales.append(part.scale)
+            if part.zero_points is not None:
+                zero_points.append(part.zero_points)
             yield part.packed
-        found.extend(scales)
+        waiting.update(scale=scales, zero_points=zero_points)
 
-    def scales() -> Iterator[np.ndarray]:
-        waiting, found[:] = found[:], []
-        yield from waiting or (part.scale for part in parts())
+    def beside(which: str) -> Iterator[np.ndarray]:
+        yield from waiting.pop(which, None) or (getattr(part, which) for part in parts())
 
-    return (
-        StreamedTensor(
-            packed,
-            dtype=ir.DataType.UINT8,
-            shape=(rows, blocks, block_size * bits // 8),
-            name=f"{weight.name}.packed",
-        ),
-        StreamedTensor(
-            scales, dtype=ir.DataType.FLOAT, shape=(rows, blocks), name=f"{weight.name}.scales"
-        ),
+    def streamed(suffix: str, which: str, dtype: ir.DataType, *shape: int) -> StreamedTensor:
+        chunks = packed if which == "packed" else lambda: beside(which)
+        return StreamedTensor(chunks, dtype=dtype, shape=shape, name=f"{weight.name}.{suffix}")
+
+    uint8, width = ir.DataType.UINT8, form.block_size * form.bits // 8
+    zero_points = None
+    if form.zero_points:
+        zero_bytes = -(-blocks * form.bits // 8)
+        zero_points = streamed("zero_points", "zero_points", uint8, rows, zero_bytes)
+    return QuantizedTensors(
+        packed=streamed("packed", "packed", uint8, rows, blocks, width),
+        scales=streamed("scales", "scale", ir.DataType.FLOAT, rows, blocks),
+        zero_points=zero_points,
     )
 
 
-def check_settings(bits: int, block_size: int) -> None:
-    """Refuse what no runtime reads.
+def check_calibration(
+    form: WeightFormat, calibration: Calibration | None, name: str | None
+) -> None:
+    """Refuse to compensate errors by inputs nobody has seen.
 
     Raises:
-        ValueError: naming the setting and what is offered.
+        ValueError: naming the weight.
     """
-    if bits not in (4, 8):
-        raise ValueError(f"bits is {bits}, expected 4 or 8")
-    if block_size not in BLOCK_SIZES:
-        raise ValueError(f"block_size is {block_size}, expected one of {BLOCK_SIZES}")
+    if form.quantizer == "gptq" and calibration is None:
+        raise ValueError(
+            f"quantizer 'gptq' needs the inputs of {name!r} on calibration text, and none were "
+            "collected: give one, or take 'search'"
+        )
 
 
 def count_blocks(columns: int, block_size: int) -> int:
@@ -150,24 +215,76 @@ def count_blocks(columns: int, block_size: int) -> int:
     return -(-columns // block_size)
 
 
-def _scales(blocks: np.ndarray, bits: int) -> np.ndarray:
-    """Scales [rows, blocks] of float32 [rows, blocks, block_size]."""
-    # Positive floats are ordered as their bits are, and numpy finds the largest integer faster;
-    # a NaN's bits are larger than any number's, so it is not lost.
-    magnitude = blocks.view(np.uint32) & np.uint32(0x7FFFFFFF)
-    largest = magnitude.max(axis=-1).view(np.float32)
-    if not np.isfinite(largest).all():
-        raise ValueError("it holds a NaN or an infinity: the checkpoint is damaged")
-    # A block of zeros, or of numbers so small that their scale would lose its digits, gets the
-    # smallest normal number: the error stays below half a scale, and nothing is divided by zero.
-    return np.maximum(largest / np.float32((1 << (bits - 1)) - 1), np.finfo(np.float32).tiny)
+class _Quantizer:
+    """Quantizes rows of one matrix; what they share is computed once."""
+
+    def __init__(self, form: WeightFormat, columns: int, calibration: Calibration | None) -> None:
+        check_calibration(form, calibration, "this weight")
+        self._form, self._columns = form, columns
+        self._blocks = count_blocks(columns, form.block_size)
+        self._missing = self._blocks * form.block_size - columns
+        self._importance: np.ndarray | None = None
+        self._compensation: Compensation | None = None
+        if calibration is None or form.quantizer == "rtn":
+            return
+        importance = calibration.mean_squares()
+        # A column that was silent on the calibration text still counts a little.
+        importance = importance + _LEAST_IMPORTANCE * importance.mean()
+        importance = np.pad(importance, (0, self._missing))
+        self._importance = importance.reshape(self._blocks, form.block_size)
+        if form.quantizer == "gptq":
+            self._compensation = Compensation(calibration.second_moments())
+
+    def __call__(self, rows: np.ndarray) -> Quantized:
+        """Quantize rows [any, columns] float32."""
+        if not np.isfinite(np.abs(rows).max(initial=0)):
+            raise ValueError("it holds a NaN or an infinity: the checkpoint is damaged")
+        form = self._form
+        rows = np.ascontiguousarray(rows, np.float32)
+        if self._missing:
+            rows = np.pad(rows, ((0, 0), (0, self._missing)))
+        blocks = rows.reshape(-1, self._blocks, form.block_size)
+        scale, zero = self._scales(blocks)
+        if self._compensation is None:
+            packed = _round_and_pack(blocks, scale, zero, form)
+        else:
+            stored = np.repeat(zero.astype(np.uint8), form.block_size, axis=1)
+            stored[:, : self._columns] = self._compensation.stored(
+                rows[:, : self._columns],
+                scale,
+                zero,
+                bits=form.bits,
+                block_size=form.block_size,
+            )
+            packed = pack(stored.reshape(blocks.shape), form.bits)
+        own_zeros = pack(zero.astype(np.uint8), form.bits) if form.zero_points else None
+        return Quantized(
+            packed=packed,
+            scale=scale,
+            zero_points=own_zeros,
+            bits=form.bits,
+            columns=self._columns,
+        )
+
+    def _scales(self, blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        form = self._form
+        if form.quantizer == "rtn":
+            return round_to_nearest(blocks, bits=form.bits, zero_points=form.zero_points)
+        return search_scales(
+            blocks, bits=form.bits, zero_points=form.zero_points, importance=self._importance
+        )
 
 
-def _pack(blocks: np.ndarray, scale: np.ndarray, bits: int) -> np.ndarray:
+def _round_and_pack(
+    blocks: np.ndarray, scale: np.ndarray, zero: np.ndarray, form: WeightFormat
+) -> np.ndarray:
     """Stored bytes [rows, blocks, block_size * bits / 8] of float32 [rows, blocks, block_size]."""
     rounded = blocks / scale[:, :, None]
-    rounded += _ROUNDER + np.float32(1 << (bits - 1))
-    if bits == 8:
+    rounded += zero[:, :, None] if form.zero_points else np.float32(1 << (form.bits - 1))
+    if form.zero_points or form.quantizer != "rtn":
+        np.clip(rounded, 0, (1 << form.bits) - 1, out=rounded)
+    rounded += _ROUNDER
+    if form.bits == 8:
         return rounded.view(np.uint32).astype(np.uint8)
     # Two neighbours as one 64-bit number, the first in the lower half. Shifted by 28 the second's
     # value lands above the first's, and the first's topmost bits on its own value: undone by _TOP.

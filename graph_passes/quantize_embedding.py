@@ -1,4 +1,4 @@
-"""Store the embedding, and the output head that is tied to it, once, in 8 bits."""
+"""Store the embedding, and the output head that is tied to it, once, in 4 or 8 bits."""
 
 from __future__ import annotations
 
@@ -6,17 +6,23 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from graph_passes.block_quantization import check_settings, count_blocks, quantized_tensors
+from graph_passes.block_quantization import count_blocks, quantized_tensors
 from graph_passes.pipeline import graph_pass
-from graph_passes.quantize_matmul import matmul_nbits
-from graph_passes.weight_path import add_initializer, find_weight, replace_node
+from graph_passes.quantize_matmul import find_linear_layers, matmul_nbits
+from graph_passes.recipe import WeightFormat
+from graph_passes.weight_path import add_initializer, replace_node
 
 HEAD = "lm_head.weight"  # a head of its own, where a checkpoint has one
 
 
 @graph_pass
 def quantize_embedding(
-    model: ir.Model, *, bits: int, block_size: int, accuracy_level: int = 4
+    model: ir.Model,
+    *,
+    bits: int,
+    block_size: int,
+    quantizer: str = "search",
+    accuracy_level: int = 4,
 ) -> None:
     """Quantize the embedding and the output head.
 
@@ -25,40 +31,31 @@ def quantize_embedding(
     zeros in the file and cut after the Gather.
 
     Args:
-        bits: 8; two values in a byte are read differently by the two operators.
-        block_size: neighbours in a row that share a scale.
+        bits, block_size: see ``WeightFormat``. No zero points: the two operators pack them
+            differently.
+        quantizer: "rtn" or "search".
         accuracy_level: as in ``quantize_matmul``.
 
     Raises:
         ValueError: settings no runtime reads, or a model without an embedding.
     """
-    check_settings(bits, block_size)
-    if bits != 8:
-        raise ValueError(f"quantize_embedding: bits is {bits}, expected 8")
+    form = WeightFormat(bits=bits, block_size=block_size, quantizer=quantizer)
+    if quantizer == "gptq":
+        raise ValueError(
+            "quantize_embedding: quantizer 'gptq' makes up for errors in a sum over inputs, and an "
+            "embedding is looked up: take 'search'"
+        )
     graph = model.graph
     embeddings = [node for node in graph if _is_embedding(node)]
     if not embeddings:
         raise ValueError("quantize_embedding: no Gather of rows of a weight: not a SambaY model")
     tables = {node.inputs[0].name for node in embeddings if node.inputs[0] is not None} | {HEAD}
-    for node in list(graph):
-        path = find_weight(node.inputs[1]) if node.op_type == "MatMul" else None
-        if path is None or not path.transposed or path.weight.name not in tables:
-            continue
-        rows, columns = path.tensor.shape.numpy()
-        packed, scales = _quantized(graph, path.tensor, bits, block_size)
-        head = matmul_nbits(
-            node.inputs[0],
-            packed,
-            scales,
-            rows=rows,
-            columns=columns,
-            bits=bits,
-            block_size=block_size,
-            accuracy_level=accuracy_level,
-        )
-        replace_node(node, [head])
+    for node, path in find_linear_layers(model):
+        if path.transposed and path.weight.name in tables:
+            quantized = quantized_tensors(path.tensor, form)
+            replace_node(node, [matmul_nbits(graph, node, path, form, quantized, accuracy_level)])
     for node in embeddings:
-        _replace_gather(graph, node, bits, block_size)
+        _replace_gather(graph, node, form)
     model.opset_imports["com.microsoft"] = 1
     common.RemoveUnusedNodesPass()(model)
 
@@ -72,19 +69,14 @@ def _is_embedding(node: ir.Node) -> bool:
     return table.const_value.dtype.is_floating_point()
 
 
-def _quantized(
-    graph: ir.Graph, weight: ir.TensorProtocol, bits: int, block_size: int
-) -> tuple[ir.Value, ir.Value]:
-    packed, scales = quantized_tensors(weight, bits=bits, block_size=block_size)
-    return add_initializer(graph, packed), add_initializer(graph, scales)
-
-
-def _replace_gather(graph: ir.Graph, node: ir.Node, bits: int, block_size: int) -> None:
+def _replace_gather(graph: ir.Graph, node: ir.Node, form: WeightFormat) -> None:
     ids, table = node.inputs[1], node.inputs[0].const_value  # type: ignore[union-attr]
     assert table is not None
-    packed, scales = _quantized(graph, table, bits, block_size)
+    quantized = quantized_tensors(table, form)
+    packed = add_initializer(graph, quantized.packed)
+    scales = add_initializer(graph, quantized.scales)
     width = table.shape.numpy()[1]
-    filled = count_blocks(width, block_size) * block_size
+    filled = count_blocks(width, form.block_size) * form.block_size
 
     def constant(name: str, *numbers: int) -> ir.Value:
         tensor = ir.Tensor(np.array(numbers, np.int64), name=f"{table.name}.{name}")
@@ -96,7 +88,12 @@ def _replace_gather(graph: ir.Graph, node: ir.Node, bits: int, block_size: int) 
     gathered = ir.node(  # [batch, tokens, blocks, block_size]
         "GatherBlockQuantized",
         [packed, ids, aligned.outputs[0]],
-        {"gather_axis": 0, "quantize_axis": 2, "block_size": block_size, "bits": bits},
+        {
+            "gather_axis": 0,
+            "quantize_axis": 2,
+            "block_size": form.block_size,
+            "bits": form.bits,
+        },
         domain="com.microsoft",
     )
     rows = ir.node("Reshape", [gathered.outputs[0], constant("row_shape", 0, 0, filled)])

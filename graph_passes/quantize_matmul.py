@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
-from fnmatch import fnmatchcase
+from collections.abc import Mapping, Sequence
 
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from graph_passes.block_quantization import check_settings, quantized_tensors
+from graph_passes.block_quantization import Calibration, QuantizedTensors, quantized_tensors
 from graph_passes.fold_weight_transposes import transposed_tensor
 from graph_passes.pipeline import graph_pass
+from graph_passes.recipe import Rule, WeightFormat, choose_formats
 from graph_passes.weight_path import WeightPath, add_initializer, find_weight, replace_node
-
-Rule = tuple[str, int | None]
 
 
 @graph_pass
@@ -23,96 +20,79 @@ def quantize_matmul(
     *,
     bits: int,
     block_size: int,
+    zero_points: bool = False,
+    quantizer: str = "search",
     accuracy_level: int = 4,
     rules: Sequence[Rule] = (),
+    calibration: Mapping[str, Calibration] | None = None,
 ) -> None:
     """Replace ``MatMul(x, weight)`` by com.microsoft.MatMulNBits.
 
     Args:
-        bits: 4 or 8, for every weight that no rule names.
-        block_size: neighbours in a row that share a scale.
+        bits, block_size, zero_points, quantizer: of every weight that no rule names, see
+            ``WeightFormat``.
         accuracy_level: what the runtime computes in; 4 = int8, the only fast one on a CPU.
-        rules: (pattern, bits) in order, the first that matches a weight's name decides; bits None
-            leaves the weight as it is. Patterns are those of ``fnmatch``, and may hold
-            ``{memory_layer}`` and ``{shared_layer}``, the numbers of these layers.
+        rules: (pattern, storage) in order, the first that matches a weight's name decides; storage
+            is a ``WeightFormat``, other bits, or None, which leaves the weight as it is. Patterns
+            are those of ``fnmatch``, and may hold ``{memory_layer}`` and ``{shared_layer}``, the
+            numbers of these layers.
+        calibration: of the layers' inputs, by name of the weight; "gptq" needs it.
 
     Raises:
-        ValueError: settings no runtime reads, or a rule that matches no weight.
+        ValueError: settings no runtime reads, a rule that matches no weight, or "gptq" for a
+            weight whose inputs are not known.
     """
-    check_settings(bits, block_size)
-    named = _fill_in_layers(model, rules)
-    unmatched = {pattern for pattern, _ in named}
-    for node in list(model.graph):
-        path = find_weight(node.inputs[1]) if node.op_type == "MatMul" else None
-        if path is None:
+    default = WeightFormat(
+        bits=bits, block_size=block_size, zero_points=zero_points, quantizer=quantizer
+    )
+    layers = find_linear_layers(model)
+    names = dict.fromkeys(path.weight.name or "" for _, path in layers)
+    chosen = choose_formats(model, names, default, rules)
+    for node, path in layers:
+        name = path.weight.name or ""
+        form = chosen[name]
+        if form is None:
             continue
-        matching = [rule for rule in named if fnmatchcase(path.weight.name or "", rule[0])]
-        unmatched.difference_update(pattern for pattern, _ in matching)
-        chosen = matching[0][1] if matching else bits
-        if chosen is not None:
-            rows, columns = _size(path)
-            packed, scales = _quantized(model.graph, path, chosen, block_size)
-            quantized = matmul_nbits(
-                node.inputs[0],
-                packed,
-                scales,
-                rows=rows,
-                columns=columns,
-                bits=chosen,
-                block_size=block_size,
-                accuracy_level=accuracy_level,
-            )
-            replace_node(node, [quantized])
-    if unmatched:
-        raise ValueError(
-            f"quantize_matmul: no weight of a linear layer matches {sorted(unmatched)}: "
-            "correct the rule or remove it"
-        )
+        stored = path.tensor if path.transposed else transposed_tensor(path.tensor)
+        known = None if calibration is None else calibration.get(name)
+        quantized = quantized_tensors(stored, form, known)
+        replace_node(node, [matmul_nbits(model.graph, node, path, form, quantized, accuracy_level)])
     model.opset_imports["com.microsoft"] = 1
     common.RemoveUnusedNodesPass()(model)
 
 
+def find_linear_layers(model: ir.Model) -> list[tuple[ir.Node, WeightPath]]:
+    """Every MatMul by a weight, in the order of the graph."""
+    found = []
+    for node in model.graph:
+        path = find_weight(node.inputs[1]) if node.op_type == "MatMul" else None
+        if path is not None:
+            found.append((node, path))
+    return found
+
+
 def matmul_nbits(
-    x: ir.Value | None,
-    packed: ir.Value,
-    scales: ir.Value,
-    *,
-    rows: int,
-    columns: int,
-    bits: int,
-    block_size: int,
+    graph: ir.Graph,
+    node: ir.Node,
+    path: WeightPath,
+    form: WeightFormat,
+    quantized: QuantizedTensors,
     accuracy_level: int,
 ) -> ir.Node:
-    """A MatMulNBits node: x [..., columns] times a quantized [rows, columns], transposed."""
+    """A MatMulNBits for a MatMul; its weights are put into the graph, once for all readers."""
+    rows, columns = _size(path)
+    tensors = [quantized.packed, quantized.scales]
+    if quantized.zero_points is not None:
+        tensors.append(quantized.zero_points)
     settings = {
         "K": columns,
         "N": rows,
-        "bits": bits,
-        "block_size": block_size,
+        "bits": form.bits,
+        "block_size": form.block_size,
         "accuracy_level": accuracy_level,
     }
-    return ir.node("MatMulNBits", [x, packed, scales], settings, domain="com.microsoft")
-
-
-def _fill_in_layers(model: ir.Model, rules: Sequence[Rule]) -> list[Rule]:
-    if not any("{" in pattern for pattern, _ in rules):
-        return list(rules)
-    if "sambay.config" not in model.metadata_props:
-        raise ValueError(
-            "quantize_matmul: a rule names a layer by its role, but the model has no metadata "
-            "'sambay.config' that says which layer that is"
-        )
-    memory = json.loads(model.metadata_props["sambay.config"])["num_hidden_layers"] // 2
-    layers = {"memory_layer": memory, "shared_layer": memory + 1}
-    return [(pattern.format(**layers), bits) for pattern, bits in rules]
-
-
-def _quantized(
-    graph: ir.Graph, path: WeightPath, bits: int, block_size: int
-) -> tuple[ir.Value, ir.Value]:
-    stored = path.tensor if path.transposed else transposed_tensor(path.tensor)
-    packed, scales = quantized_tensors(stored, bits=bits, block_size=block_size)
-    return add_initializer(graph, packed), add_initializer(graph, scales)
+    inputs = [node.inputs[0], *(add_initializer(graph, tensor) for tensor in tensors)]
+    return ir.node("MatMulNBits", inputs, settings, domain="com.microsoft")
 
 
 def _size(path: WeightPath) -> tuple[int, int]:

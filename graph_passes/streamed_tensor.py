@@ -111,6 +111,18 @@ def to_float32(array: np.ndarray, tensor: ir.TensorProtocol) -> np.ndarray:
     )
 
 
+def joined_rows(chunks: Iterable[np.ndarray], rows: int) -> Iterator[np.ndarray]:
+    """The same rows in arrays of about as many as asked for, for what is slow on few."""
+    waiting: list[np.ndarray] = []
+    for chunk in chunks:
+        waiting.append(chunk)
+        if sum(map(len, waiting)) >= rows:
+            yield np.concatenate(waiting)
+            waiting = []
+    if waiting:
+        yield np.concatenate(waiting)
+
+
 def rows_per_chunk(shape: tuple[int, ...]) -> int:
     """Rows that make about ``CHUNK`` elements, at least one."""
     width = int(np.prod(shape[1:], dtype=np.int64))

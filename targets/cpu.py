@@ -8,8 +8,9 @@ from graph_passes.cleanup import cleanup
 from graph_passes.fold_weight_casts import fold_weight_casts
 from graph_passes.fold_weight_transposes import fold_weight_transposes
 from graph_passes.quantize_embedding import quantize_embedding
-from graph_passes.quantize_matmul import Rule, quantize_matmul
+from graph_passes.quantize_matmul import quantize_matmul
 from graph_passes.read_tied_head_in_place import read_tied_head_in_place
+from graph_passes.recipe import Rule
 from targets.target import CPU, Target
 
 # What steers the scan: small (1 % of the weights), and an error in a step size lasts.

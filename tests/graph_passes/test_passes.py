@@ -18,6 +18,7 @@ from graph_passes.pipeline import Pass, describe_pass, run_passes
 from graph_passes.quantize_embedding import quantize_embedding
 from graph_passes.quantize_matmul import quantize_matmul
 from graph_passes.read_tied_head_in_place import read_tied_head_in_place
+from graph_passes.recipe import WeightFormat
 
 EXACT: tuple[Pass, ...] = (
     cleanup,
@@ -126,13 +127,12 @@ def test_the_head_is_refused_before_casts_are_folded(traced: Make) -> None:
         read_tied_head_in_place(model)
 
 
-def dequantized(model: ir.Model, plan: Callable[[str], tuple[int, int] | None]) -> ir.Model:
+def dequantized(model: ir.Model, plan: Callable[[str], WeightFormat | None]) -> ir.Model:
     """The same model with every weight replaced by what is left of it after quantization."""
     model = run_passes(model, EXACT[:2])
     for name, value in model.graph.initializers.items():
-        if (chosen := plan(name)) is not None and len(value.const_value.shape) == 2:
-            bits, block_size = chosen
-            kept = dequantize(quantize(value.const_value.numpy(), bits=bits, block_size=block_size))
+        if (form := plan(name)) is not None and len(value.const_value.shape) == 2:
+            kept = dequantize(quantize(value.const_value.numpy(), form))
             value.const_value = ir.Tensor(kept, name=name)
     return model
 
@@ -151,21 +151,22 @@ def test_quantized_layers_compute_with_the_dequantized_weights(
     # accuracy_level 1: the runtime computes in float32, so that only the weights are compared
     result = quantize_matmul(model, bits=bits, block_size=32, accuracy_level=1)
     assert operators(result)["MatMul"] == 0
-    expected = dequantized(model, lambda name: None if "embed" in name else (bits, 32))
+    form = WeightFormat(bits=bits)
+    expected = dequantized(model, lambda name: None if "embed" in name else form)
     assert_close(run_model(result), run_model(expected))
 
 
 @pytest.mark.parametrize("hidden", [64, 48, 80, 40])
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("bits", [4, 8])
 def test_quantized_embedding_and_head_compute_with_the_dequantized_tables(
-    traced: Make, run_model: Run, dtype: ir.DataType, tied: bool, hidden: int
+    traced: Make, run_model: Run, dtype: ir.DataType, tied: bool, hidden: int, bits: int
 ) -> None:
     model = cleanup(traced(dtype, tied=tied, hidden=hidden))
-    result = quantize_embedding(model, bits=8, block_size=32, accuracy_level=1)
-    expected = dequantized(
-        model, lambda name: (8, 32) if "embed" in name or "head" in name else None
-    )
+    result = quantize_embedding(model, bits=bits, block_size=32, accuracy_level=1)
+    form = WeightFormat(bits=bits)
+    expected = dequantized(model, lambda name: form if "embed" in name or "head" in name else None)
     assert_close(run_model(result), run_model(expected))
     tables = [name for name in result.graph.initializers if name.endswith(".packed")]
     assert len(tables) == (1 if tied else 2)
@@ -225,9 +226,19 @@ def test_settings_that_no_runtime_reads_are_refused(traced: Make, apply: Callabl
         apply(traced(), bits=8, block_size=20)
 
 
-def test_an_embedding_in_4_bits_is_refused(traced: Make) -> None:
-    with pytest.raises(ValueError, match="expected 8"):
-        quantize_embedding(traced(), bits=4, block_size=32)
+def test_an_embedding_is_not_calibrated(traced: Make) -> None:
+    with pytest.raises(ValueError, match="take 'search'"):
+        quantize_embedding(traced(), bits=4, block_size=32, quantizer="gptq")
+
+
+def test_a_rule_may_give_any_format(traced: Make, run_model: Run) -> None:
+    form = WeightFormat(bits=4, block_size=16, zero_points=True, quantizer="rtn")
+    model = cleanup(traced())
+    rules = (("*.mlp.*", form), ("*", None))
+    result = quantize_matmul(model, bits=8, block_size=32, accuracy_level=1, rules=rules)
+    assert chosen_bits(result) == {"model.layers.0.mlp.fc1.weight": 4}
+    expected = dequantized(model, lambda name: form if ".mlp." in name else None)
+    assert_close(run_model(result), run_model(expected))
 
 
 def test_a_model_without_an_embedding_is_refused(traced: Make) -> None:

@@ -1,0 +1,209 @@
+"""Which weights are stored how: a recipe is data, and can be read from a file.
+
+    {"default": {"bits": 4, "block_size": 32},
+     "embedding": {"bits": 8, "block_size": 32},
+     "rules": {"*.x_proj.*": null, "*.layers.{memory_layer}.attn.*": {"bits": 8}}}
+
+A pattern is one of ``fnmatch`` on the names of weights and may hold ``{memory_layer}`` and
+``{shared_layer}``, the numbers of these layers; the first that matches decides; null leaves a
+weight as it is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+from typing import Any
+
+import onnx_ir as ir
+
+BITS = (4, 8)
+BLOCK_SIZES = (16, 32, 64, 128, 256)
+
+# Round to nearest; the scale of least squared error; the same with the errors of earlier columns
+# made up for by later ones, as the layer's inputs on calibration text tell (GPTQ).
+QUANTIZERS = ("rtn", "search", "gptq")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightFormat:
+    """How a matrix is stored.
+
+    Attributes:
+        bits: 4 or 8.
+        block_size: neighbours in a row that share a scale; 16, 32, 64, 128 or 256.
+        zero_points: each block has the value of zero of its own, else it is the middle one.
+        quantizer: how scales and values are found; one of ``QUANTIZERS``.
+
+    Raises:
+        ValueError: a setting that is not offered; the message names it.
+    """
+
+    bits: int = 4
+    block_size: int = 32
+    zero_points: bool = False
+    quantizer: str = "search"
+
+    def __post_init__(self) -> None:
+        """Refuse what no runtime reads."""
+        offers = {"bits": BITS, "block_size": BLOCK_SIZES, "quantizer": QUANTIZERS}
+        for name, offered in offers.items():
+            found = getattr(self, name)
+            if found not in offered:
+                raise ValueError(f"{name} is {found!r}, expected one of {offered}")
+
+    def bytes_of(self, rows: int, columns: int) -> int:
+        """Bytes of a matrix of this size with float32 scales."""
+        blocks = -(-columns // self.block_size)
+        zero_points = -(-blocks * self.bits // 8) if self.zero_points else 0
+        return rows * (blocks * (self.block_size * self.bits // 8 + 4) + zero_points)
+
+
+# What a rule says: a format, the default's with other bits, or "leave it as it is".
+Storage = WeightFormat | int | None
+Rule = tuple[str, Storage]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How every weight is stored.
+
+    Attributes:
+        default: of the linear layers that no rule names.
+        embedding: of the embedding and the head tied to it.
+        rules: patterns in order, the first that matches decides.
+    """
+
+    default: WeightFormat = WeightFormat()
+    embedding: WeightFormat = WeightFormat(bits=8)
+    rules: tuple[Rule, ...] = ()
+
+    def with_quantizer(self, quantizer: str) -> Recipe:
+        """The same bits and blocks found by another quantizer.
+
+        Raises:
+            ValueError: there is no such quantizer.
+        """
+
+        def changed(storage: Storage) -> Storage:
+            if not isinstance(storage, WeightFormat):
+                return storage
+            return dataclasses.replace(storage, quantizer=quantizer)
+
+        # The embedding is looked up, not multiplied by: calibration says nothing of its inputs.
+        embedding = "search" if quantizer == "gptq" else quantizer
+        return Recipe(
+            default=dataclasses.replace(self.default, quantizer=quantizer),
+            embedding=dataclasses.replace(self.embedding, quantizer=embedding),
+            rules=tuple((pattern, changed(storage)) for pattern, storage in self.rules),
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """What ``recipe_from_json`` reads."""
+        rules = {pattern: _described(self.default, storage) for pattern, storage in self.rules}
+        return {
+            "default": dataclasses.asdict(self.default),
+            "embedding": dataclasses.asdict(self.embedding),
+            "rules": rules,
+        }
+
+
+def recipe_from_json(contents: Mapping[str, Any]) -> Recipe:
+    """Read a recipe; what a format leaves out is as in the default.
+
+    Raises:
+        ValueError: an unknown key, or a setting that is not offered; the message names it.
+    """
+    if not isinstance(contents, Mapping):
+        raise ValueError(f"a recipe is {type(contents).__name__}, expected an object")
+    _check_keys("a recipe", contents, ("default", "embedding", "rules"))
+    default = _format("default", contents.get("default", {}), WeightFormat())
+    basis = dataclasses.replace(default, bits=8, zero_points=False)
+    embedding = _format("embedding", contents.get("embedding", {}), basis)
+    rules = contents.get("rules", {})
+    if not isinstance(rules, Mapping):
+        raise ValueError(f"'rules' is {type(rules).__name__}, expected an object of patterns")
+    return Recipe(
+        default=default,
+        embedding=embedding,
+        rules=tuple(
+            (pattern, None if storage is None else _format(pattern, storage, default))
+            for pattern, storage in rules.items()
+        ),
+    )
+
+
+def choose_formats(
+    model: ir.Model, names: Iterable[str], default: WeightFormat, rules: Iterable[Rule]
+) -> dict[str, WeightFormat | None]:
+    """The format of every named weight; None where a rule leaves it as it is.
+
+    Args:
+        model: whose metadata say which layers ``{memory_layer}`` and ``{shared_layer}`` are.
+
+    Raises:
+        ValueError: a rule that matches no name; the message offers near ones.
+    """
+    names = list(names)
+    filled = _fill_in_layers(model, list(rules))
+    for pattern, _ in filled:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            near = get_close_matches(pattern.replace("*", ""), names, n=3, cutoff=0.2)
+            raise ValueError(
+                f"no weight of a linear layer matches {pattern!r}: correct the rule or remove it; "
+                f"there are {', '.join(near or names[:3])} and others"
+            )
+    chosen: dict[str, WeightFormat | None] = {}
+    for name in names:
+        matching = [storage for pattern, storage in filled if fnmatchcase(name, pattern)]
+        chosen[name] = resolve(default, matching[0] if matching else default)
+    return chosen
+
+
+def resolve(default: WeightFormat, storage: Storage) -> WeightFormat | None:
+    """The format a rule means."""
+    if isinstance(storage, int):
+        return dataclasses.replace(default, bits=storage)
+    return storage
+
+
+def _described(default: WeightFormat, storage: Storage) -> dict[str, Any] | None:
+    chosen = resolve(default, storage)
+    return None if chosen is None else dataclasses.asdict(chosen)
+
+
+def _format(name: str, contents: Any, basis: WeightFormat) -> WeightFormat:
+    if not isinstance(contents, Mapping):
+        raise ValueError(f"format of {name!r} is {contents!r}, expected an object such as {{}}")
+    _check_keys(f"format of {name!r}", contents, [f.name for f in dataclasses.fields(basis)])
+    try:
+        return dataclasses.replace(basis, **contents)
+    except ValueError as error:
+        raise ValueError(f"format of {name!r}: {error}") from error
+
+
+def _check_keys(where: str, contents: Mapping[str, Any], known: Iterable[str]) -> None:
+    if unknown := sorted(set(contents) - set(known)):
+        raise ValueError(f"{where} has unknown keys {unknown}, expected {sorted(known)}")
+
+
+def _fill_in_layers(model: ir.Model, rules: list[Rule]) -> list[Rule]:
+    if not any("{" in pattern for pattern, _ in rules):
+        return rules
+    if "sambay.config" not in model.metadata_props:
+        raise ValueError(
+            "a rule names a layer by its role, but the model has no metadata 'sambay.config' "
+            "that says which layer that is"
+        )
+    memory = json.loads(model.metadata_props["sambay.config"])["num_hidden_layers"] // 2
+    layers = {"{memory_layer}": str(memory), "{shared_layer}": str(memory + 1)}
+    filled = []
+    for pattern, storage in rules:
+        for role, layer in layers.items():
+            pattern = pattern.replace(role, layer)
+        filled.append((pattern, storage))
+    return filled
