@@ -6,8 +6,8 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from export.checkpoint import Checkpoint
-from export.model import SambaY
+from export.checkpoint import Checkpoint, StoredTensor
+from export.model import Layer, SambaY
 
 TORCH_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -17,12 +17,27 @@ def load_weights(checkpoint: Checkpoint) -> SambaY:
     with torch.device("meta"):
         model = SambaY(checkpoint.config, tied_head=checkpoint.tied_head)
     for name, tensor in checkpoint.tensors.items():
-        with tensor.path.open("rb") as file:
-            file.seek(tensor.offset)
-            data = bytearray(file.read(tensor.nbytes))
-        stored = torch.frombuffer(data, dtype=TORCH_DTYPES[tensor.dtype]).reshape(tensor.shape)
-        _set_parameter(model, name, stored.float())
+        _set_parameter(model, name, read_weight(tensor))
     return model
+
+
+def load_layer(checkpoint: Checkpoint, index: int) -> Layer:
+    """One layer with its weights in memory, float32."""
+    with torch.device("meta"):
+        layer = Layer(checkpoint.config, index)
+    prefix = f"model.layers.{index}."
+    for name, tensor in checkpoint.tensors.items():
+        if name.startswith(prefix):
+            _set_parameter(layer, name.removeprefix(prefix), read_weight(tensor))
+    return layer.eval().requires_grad_(False)
+
+
+def read_weight(tensor: StoredTensor) -> torch.Tensor:
+    """A stored tensor, or some rows of one, as float32."""
+    with tensor.path.open("rb") as file:
+        file.seek(tensor.offset)
+        data = bytearray(file.read(tensor.nbytes))
+    return torch.frombuffer(data, dtype=TORCH_DTYPES[tensor.dtype]).reshape(tensor.shape).float()
 
 
 def fake_weights(checkpoint: Checkpoint, mode: FakeTensorMode) -> SambaY:
@@ -35,6 +50,6 @@ def fake_weights(checkpoint: Checkpoint, mode: FakeTensorMode) -> SambaY:
     return model.eval().requires_grad_(False)
 
 
-def _set_parameter(model: SambaY, name: str, value: torch.Tensor) -> None:
+def _set_parameter(model: nn.Module, name: str, value: torch.Tensor) -> None:
     owner, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(owner), leaf, nn.Parameter(value))
