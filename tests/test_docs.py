@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 SCRIPTS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["scripts"]
 FOLDERS = "export|graph_passes|targets|runtime_py|kernels|tests|docs|benchmarks|reference_model"
-BUILT = {"runtime_py/_sambay_ops.so", "benchmarks/results/", "export/verify.py"}
+BUILT = {"runtime_py/_sambay_ops.so", "benchmarks/results/"}
 
 FENCE = re.compile(r"^```([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
@@ -136,7 +136,12 @@ def test_quoted_commands_parse(monkeypatch, capsys, module, arguments) -> None:
 
 def test_options_named_in_prose_exist(monkeypatch) -> None:
     known: set[str] = set()
-    for module, arguments in (("export.cli", ()), ("runtime_py.chat", ("package",))):
+    verify = ("package", "--checkpoint", "checkpoint")
+    for module, arguments in (
+        ("export.cli", ()),
+        ("export.verify", verify),
+        ("runtime_py.chat", ("package",)),
+    ):
         with pytest.raises(Parsed) as parsed:
             parse(monkeypatch, module, arguments)
         known.update(parsed.value.parser._option_string_actions)
