@@ -186,6 +186,8 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
 
 def _find_folder(source: str | Path) -> Path:
     folder = Path(source)
+    if not str(source):
+        raise CheckpointError("the checkpoint is an empty name: give a folder or a hub id")
     if folder.is_dir():
         return folder
     if folder.exists():
@@ -350,6 +352,12 @@ def _check_against_config(
     folder: Path, config: SambaYConfig, tensors: dict[str, StoredTensor]
 ) -> None:
     """Names and shapes must be those that the config implies."""
+    layers = config.num_hidden_layers
+    if layers > len(tensors):  # no list of what that many layers need is made
+        raise CheckpointError(
+            f"{folder} holds {len(tensors)} tensors, config.json says {layers} layers: "
+            "the weights and the config are of different models"
+        )
     expected = expected_tensors(config)
     tied = read_json_object(folder / "config.json").get("tie_word_embeddings", True)
     # A head of its own may be stored though the config says tied; it is then the one to use.

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
-from rich.console import Console
+from rich.console import Console, RenderableType
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -21,11 +23,14 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from export.interrupts import keep_interrupts
+
 if TYPE_CHECKING:
     from export.checkpoint import Checkpoint
     from targets.target import Target
 
 REFERENCE = Path(__file__).parent / "reference"
+_WIDEST = 10_000  # columns
 
 EXAMPLES = """\
 examples:
@@ -40,18 +45,26 @@ A package is a folder that Python programs, ONNX Runtime and ONNX Runtime GenAI 
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit status."""
+    """Run the command.
+
+    Args:
+        arguments: of the command line, without the program's name; None takes the process's own.
+
+    Returns:
+        Exit status: 0; 2 for a wrong input, told in one line on stderr; 130 after Ctrl-C.
+    """
     options = _parse(arguments)
-    console = Console(stderr=True)
+    console = Console(stderr=True, soft_wrap=True, highlight=False)
     try:
-        if options.list_targets:
-            _list_targets()
-        elif options.inspect:
-            _inspect(options.checkpoint)
-        else:
-            _export(options, console)
+        with keep_interrupts():
+            if options.list_targets:
+                _list_targets()
+            elif options.inspect:
+                _inspect(_source(options))
+            else:
+                _export(options, console)
     except KeyboardInterrupt:
-        console.print("phi4export: interrupted, no package was written", style="yellow")
+        console.print("phi4export: interrupted, nothing unfinished is kept", style="yellow")
         return 130
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] not in _extra_modules():
@@ -66,8 +79,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line, as every other error."""
+        _complain(f"{message}; phi4export --help explains")
+        self.exit(2)
+
+
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="phi4export",
         description="Export a SambaY checkpoint (Phi-4-mini-flash-reasoning) to an ONNX package.",
         epilog=EXAMPLES,
@@ -105,43 +125,66 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def _list_targets() -> None:
     from targets import DEFAULT, TARGETS
 
-    table = Table("target", "provider", "what it is", box=None)
+    table = Table("target", "provider", "what it is", box=None, pad_edge=False)
     for target in TARGETS:
         name = f"{target.name} (default)" if target is DEFAULT else target.name
         table.add_row(name, target.provider, target.summary)
-    Console().print(table)
+    _print(table)
 
 
-def _inspect(source: str | None) -> None:
+def _inspect(source: str | Path) -> None:
     from export.checkpoint import open_checkpoint
     from export.inspect import describe
 
-    Console().print(describe(open_checkpoint(source or REFERENCE)))
+    _print(describe(open_checkpoint(source)))
+
+
+def _print(result: RenderableType) -> None:
+    """Write to stdout; into a file or a pipe in whole lines, however long."""
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = _WIDEST
+        console.width = console.measure(result).maximum
+    try:
+        console.print(result)
+        console.file.flush()
+    except BrokenPipeError:  # the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        raise OSError(f"cannot write to stdout: {error.strerror}") from error
+
+
+def _source(options: argparse.Namespace) -> str | Path:
+    return REFERENCE if options.checkpoint is None else options.checkpoint
 
 
 def _export(options: argparse.Namespace, console: Console) -> None:
     begin = time.perf_counter()
     from targets import DEFAULT, find_target
+    from targets.destination import check_destination
 
-    target = find_target(options.target) if options.target else DEFAULT
+    target = DEFAULT if options.target is None else find_target(options.target)
+    source = _source(options)
+    name = Path(os.path.abspath(source)).name  # a hub's folder is called by a digest
+    destination = options.output or Path(f"{name}-{target.name}")
+    # First of all: to fetch a checkpoint from the hub may take an hour.
+    check_destination(destination, force=options.force)
     from export.checkpoint import open_checkpoint
 
-    checkpoint = open_checkpoint(options.checkpoint or REFERENCE)
-    if not options.checkpoint:
-        console.print(_introduction())
-    name = checkpoint.folder.absolute().name
-    destination = options.output or Path(f"{name}-{target.name}")
-    package = _write(checkpoint, target, destination, options, console)
+    checkpoint = open_checkpoint(source)
+    package = _write(checkpoint, name, target, destination, options, console)
     size = sum(file.stat().st_size for file in package.iterdir())
+    shown = escape(str(package))
     console.print(
-        f"wrote [bold]{package}[/bold] for {target.name}: {size / 1e6:,.1f} MB in "
+        f"wrote [bold]{shown}[/bold] for {target.name}: {size / 1e6:,.1f} MB in "
         f"{time.perf_counter() - begin:.0f} s, {_peak_memory()}"
     )
-    console.print(f"talk with it: python -m runtime_py.chat {package}", highlight=False)
+    console.print(f"talk with it: python -m runtime_py.chat {shown}")
 
 
 def _write(
     checkpoint: Checkpoint,
+    name: str,
     target: Target,
     destination: Path,
     options: argparse.Namespace,
@@ -151,13 +194,12 @@ def _write(
     from export.tokenizer import write_tokenizer
     from graph_passes.pipeline import run_passes
     from runtime_py.native import library_path
-    from targets.destination import check_destination
     from targets.package import package_size, write_package
 
-    check_destination(destination, force=options.force)
+    notes = [_introduction()] if options.checkpoint is None else []
     with _progress(console) as progress:
 
-        def stage(text: str, total: int | None = None) -> Callable[[int], object]:
+        def stage(text: str, total: int | None = None) -> Callable[[int], None]:
             for task in progress.tasks:
                 progress.update(task.id, visible=False)
             task_id = progress.add_task(text, total=total)
@@ -175,7 +217,6 @@ def _write(
         model = trace(checkpoint, all_logits=options.all_logits)
         stage(f"shaping it for {target.name}")
         model = run_passes(model, target.passes)
-        notes: list[str] = []
 
         def add_tokenizer(folder: Path) -> None:
             note = write_tokenizer(checkpoint.folder, folder)
@@ -187,7 +228,7 @@ def _write(
             destination,
             target=target,
             facts={
-                "checkpoint": checkpoint.folder.absolute().name,
+                "checkpoint": name,
                 "tensors": len(checkpoint.tensors),
                 "bytes": checkpoint.total_bytes,
                 "all_logits": options.all_logits,
@@ -198,7 +239,7 @@ def _write(
             progress=stage("writing", package_size(model)),
         )
     for note in notes:
-        console.print(f"note: {note}")
+        console.print(f"note: {escape(note)}")
     return package
 
 
@@ -211,6 +252,7 @@ def _progress(console: Console) -> Progress:
         TimeRemainingColumn(),
         console=console,
         transient=True,
+        disable=not console.is_terminal,
     )
 
 
@@ -218,7 +260,7 @@ def _introduction() -> str:
     """The first lines of the shipped model's card, which say what it is and is not."""
     card = (REFERENCE / "README.md").read_text(encoding="utf-8")
     paragraphs = [part for part in card.split("\n\n") if part and not part.startswith(("#", "---"))]
-    return "no --checkpoint given, exporting the model shipped inside: " + " ".join(
+    return "no --checkpoint was given, this is the model shipped inside: " + " ".join(
         paragraphs[0].split()
     )
 
@@ -235,7 +277,10 @@ def _extra_modules() -> set[str]:
 
 
 def _complain(message: str) -> None:
-    print(f"phi4export: error: {' '.join(message.split())}", file=sys.stderr)
+    """One line on stderr, whatever names of files or tensors hold."""
+    line = " ".join(message.split())
+    shown = "".join(each if each.isprintable() else ascii(each)[1:-1] for each in line)
+    print(f"phi4export: error: {shown}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -40,10 +40,19 @@ def check_destination(destination: Path, *, force: bool = False, size: int = 0) 
         DestinationError: it exists and may not be replaced, cannot be written, or has no room.
     """
     destination = Path(destination).resolve()
-    _check_existing(destination, force=force)
-    parent = _nearest_existing(destination)
+    try:
+        _check_existing(destination, force=force)
+        parent = _nearest_existing(destination)
+    except DestinationError:
+        raise
+    except OSError as error:  # a name too long, a folder that may not be looked into
+        raise DestinationError(
+            f"cannot write {destination}: {error.strerror or error}; choose another folder"
+        ) from error
     if not parent.is_dir():
-        raise DestinationError(f"cannot write {destination}: {parent} is no folder")
+        raise DestinationError(
+            f"cannot write {destination}: {parent} is no folder; choose another folder"
+        )
     try:
         os.rmdir(tempfile.mkdtemp(dir=parent, prefix=f".{destination.name}.partial-"))
     except OSError as error:
@@ -54,7 +63,7 @@ def check_destination(destination: Path, *, force: bool = False, size: int = 0) 
     if free < size:
         raise DestinationError(
             f"no room for {destination}: it needs {_gigabytes(size)}, {parent} has "
-            f"{_gigabytes(free)} free"
+            f"{_gigabytes(free)} free; choose another folder"
         )
 
 
@@ -95,6 +104,11 @@ def complete_folder(destination: Path, *, force: bool = False, size: int = 0) ->
                 f"the disk of {destination} is full: nothing was kept; free some space "
                 "or choose another folder"
             ) from error
+        if isinstance(error, OSError) and error.errno == errno.EFBIG:
+            raise DestinationError(
+                f"a file of {destination} is larger than its disk or this account may hold: "
+                "nothing was kept; choose another folder"
+            ) from error
         raise
     _remove_abandoned(destination, "replaced")
 
@@ -123,16 +137,16 @@ def _is_package(folder: Path) -> bool:
 
 def _move(partial: Path, destination: Path) -> None:
     """Rename, with the old package out of the way; it comes back if the new one cannot."""
-    if not destination.exists():
-        partial.rename(destination)
-        return
     replaced = _sibling(destination, "replaced")
-    destination.rename(replaced)
     try:
+        if destination.exists():
+            destination.rename(replaced)
         partial.rename(destination)
     except BaseException:
-        replaced.rename(destination)
-        raise
+        if partial.exists():  # otherwise Ctrl-C came too late: the new one is in its place
+            if replaced.exists():
+                replaced.rename(destination)
+            raise
     shutil.rmtree(replaced, ignore_errors=True)
 
 
