@@ -54,6 +54,7 @@ def main(arguments: Many[str] | None = None) -> int:
         Exit status: 0; 2 for a wrong input, told in one line on stderr; 130 for an answer that
         ``--prompt`` asked for and Ctrl-C stopped.
     """
+    _open_closed_streams()
     _speak_utf8()
     options = _parser().parse_args(arguments)
     try:
@@ -61,17 +62,24 @@ def main(arguments: Many[str] | None = None) -> int:
             warnings.showwarning = _note
             return _run(options)
     except (PackageError, InputError, BrokenSequenceError, ArithmeticError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
+        return _refuse(str(error))
     except KeyboardInterrupt:
         return 130
     except OSError as error:
-        if error.errno not in (errno.EPIPE, errno.EINVAL):  # Windows tells a closed pipe by EINVAL
-            raise
-        # The reader has left. Whatever is still buffered goes nowhere, quietly.
+        # Whatever is still buffered goes nowhere, quietly.
         with suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        if error.errno in (errno.EPIPE, errno.EINVAL):  # Windows tells a closed pipe by EINVAL
+            return 0  # the reader has left
+        return _refuse(f"the answer cannot be written or a file read: {error}")
+
+
+def _refuse(message: str) -> int:
+    """One line on stderr, whatever the names in it hold."""
+    line = " ".join(message.split())
+    shown = "".join(each if each.isprintable() else ascii(each)[1:-1] for each in line)
+    sys.stderr.write(f"error: {shown}\n")
+    return 2
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -192,6 +200,13 @@ class Chat:
                     shown.close()
 
             yield show
+
+
+def _open_closed_streams() -> None:
+    """A program may be started without a stream (``>&-``, or no console on Windows)."""
+    sys.stdin = sys.stdin or open(os.devnull, encoding="utf-8")  # noqa: SIM115
+    sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
 
 
 def _note(message: Warning | str, *_: object, **__: object) -> None:

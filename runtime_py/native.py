@@ -18,21 +18,27 @@ SUFFIXES = (".so", ".dylib", ".dll", ".pyd")
 def library_path() -> Path | None:
     """Path of the library; None if it was not built, or if ``SAMBAY_NATIVE=0`` switches it off.
 
-    Says once, on the log, when it was not built. Register it in a session's options:
+    Register it in a session's options:
     ``options.register_custom_ops_library(str(path))``.
     """
-    if os.environ.get("SAMBAY_NATIVE") == "0":
+    if _switched_off():
         return None
     for path in sorted(Path(__file__).parent.glob(f"{STEM}*")):
         if path.suffix in SUFFIXES:
             return path
-    _tell_once()
     return None
 
 
 @functools.cache
-def _tell_once() -> None:
+def tell_if_missing() -> None:
+    """Say on the log, once, that the library was not built."""
+    if _switched_off() or library_path() is not None:
+        return
     logging.getLogger(__name__).warning(
         "the native operators were not built, so the slower portable ones run; "
         "install a C++ compiler and install phi4export again to have them"
     )
+
+
+def _switched_off() -> bool:
+    return os.environ.get("SAMBAY_NATIVE") == "0"

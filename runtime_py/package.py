@@ -15,7 +15,7 @@ import onnxruntime as ort
 from runtime_py.errors import InputError, PackageError
 from runtime_py.native import library_path
 
-MODEL_FILE = "model.onnx"
+MODEL_FILE, MANIFEST = "model.onnx", "manifest.json"
 VERSION = "1"
 CPU = "CPUExecutionProvider"
 AGAIN = "export the checkpoint again with this version of phi4export"
@@ -75,6 +75,7 @@ def open_model(
         if name not in ort.get_available_providers():
             known = ", ".join(ort.get_available_providers())
             raise InputError(f"this ONNX Runtime has no provider {name!r}; it has {known}")
+    _check_sizes(path)
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads or _physical_cores()
     options.inter_op_num_threads = 1
@@ -139,6 +140,23 @@ def fingerprint(path: Path) -> str:
                 stream.seek(offset)
                 digest.update(stream.read(block))
     return digest.hexdigest()
+
+
+def _check_sizes(path: Path) -> None:
+    """A file that was copied half way is told by the manifest beside it, if there is one."""
+    try:
+        told = json.loads((path.parent / MANIFEST).read_text(encoding="utf-8"))["files"]
+        sizes = {name: int(told[name]["bytes"]) for name in (path.name, path.name + ".data")}
+    except (OSError, KeyError, TypeError, ValueError):
+        return  # a model without a package around it, or with another's
+    for name, size in sizes.items():
+        file = path.with_name(name)
+        found = file.stat().st_size if file.is_file() else None
+        if found != size:
+            fault = "is missing" if found is None else f"has {found} bytes"
+            raise PackageError(
+                f"{file} {fault}, {MANIFEST} says {size} bytes: copy or export the package again"
+            )
 
 
 def _physical_cores() -> int:

@@ -14,6 +14,7 @@ import os
 from collections.abc import Sequence as Many
 
 from runtime_py.errors import InputError, PackageError
+from runtime_py.native import tell_if_missing
 from runtime_py.package import AGAIN, find_model, fingerprint, open_model, read_metadata
 from runtime_py.sequence import IDS, LOGITS, Sequence
 from runtime_py.snapshot import read_snapshot
@@ -64,6 +65,7 @@ class Session:
                 f"{self.path} has inputs of its own or lacks some ({', '.join(sorted(odd))}); "
                 f"expected {IDS}, {MASK} and states, and the output {LOGITS}: {AGAIN}"
             )
+        tell_if_missing()
 
     def start(self, batch: int = 1) -> Sequence:
         """Begin a sequence: ``batch`` rows of tokens, states all zero."""
