@@ -17,16 +17,20 @@ PACKAGES = ("onnxruntime", "numpy", "torch", "onnx", "onnx-ir", "onnxscript", "t
 
 
 def describe_machine(threads: int) -> dict[str, Any]:
-    """What a reader needs to judge a figure: processor, versions, date, read bandwidth."""
+    """What a reader needs to judge a speed: processor, versions, date, read bandwidth."""
+    bandwidth = round(read_bandwidth(threads) / 1e9, 1)
+    return {**describe_setup(), "threads": threads, "read_bandwidth_GB_s": bandwidth}
+
+
+def describe_setup() -> dict[str, Any]:
+    """What a reader needs to judge any figure: date, processor, versions."""
     return {
         "date": datetime.date.today().isoformat(),
         "processor": _processor(),
         "cores": os.cpu_count(),
-        "threads": threads,
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "packages": {name: version for name in PACKAGES if (version := _version(name))},
-        "read_bandwidth_GB_s": round(read_bandwidth(threads) / 1e9, 1),
     }
 
 

@@ -23,6 +23,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.machine import describe_setup
 from reference_model.tasks import BookShape, Turn, arithmetic, is_right, phonebook, talk
 from runtime_py.errors import InputError, PackageError
 from runtime_py.session import Session
@@ -215,9 +216,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 rows.append(measure(session, task, options.cases, other))
     except (PackageError, InputError) as error:
         console.print(f"quality: {error}", style="red", soft_wrap=True, markup=False)
-        return 1
+        return 2
     if options.json:
-        print(json.dumps([dataclasses.asdict(row) for row in rows], indent=2))
+        tasks = [dataclasses.asdict(row) for row in rows]
+        print(json.dumps({"machine": describe_setup(), "tasks": tasks}, indent=1))
     else:
         Console().print(_table(rows, compared=other is not None))
     return 0

@@ -45,7 +45,7 @@ def test_a_task_has_as_many_cases_as_asked_for_and_always_the_same(task):
 
 
 def test_a_missing_package_is_told_in_one_line(tmp_path, capsys):
-    assert main([str(tmp_path / "nothing")]) == 1
+    assert main([str(tmp_path / "nothing")]) == 2
     assert "nothing" in capsys.readouterr().err
 
 
