@@ -9,31 +9,36 @@ namespace sambay::SAMBAY_ISA {
 // The new tokens in the cache's type: a query must see what later calls will see.
 template <class Cell>
 struct AsCells {
-  AsCells(const float* fresh, int64_t size) : rounded(size), cells(rounded.data()) {
-    write_head(rounded.data(), fresh, size);
+  AsCells(const Heads& op, const float* fresh)
+      : rounded(op.batch * op.queries * op.kv_heads * op.head_size),
+        slots{rounded.data(), nullptr},
+        slot_stride(op.kv_heads * op.head_size),
+        head_stride(op.head_size) {
+    write_slot(Slots<Cell>{rounded.data(), nullptr}, fresh, op.batch * op.queries * slot_stride);
   }
   Scratch<Cell> rounded;
-  const Cell* cells;
+  Slots<const Cell> slots;
+  int64_t slot_stride, head_stride, scale_stride = 0;
 };
 template <>
 struct AsCells<float> {
-  AsCells(const float* fresh, int64_t) : cells(fresh) {}
-  const float* cells;
+  AsCells(const Heads& op, const float* fresh)
+      : slots{fresh, nullptr}, slot_stride(op.kv_heads * op.head_size), head_stride(op.head_size) {}
+  Slots<const float> slots;
+  int64_t slot_stride, head_stride, scale_stride = 0;
 };
 
 template <class Cell>
-void write_ring(const WindowAttention<Cell>& op, const Cell* past, const float* fresh, Cell* present,
-                int64_t index) {
+void write_ring(const WindowAttention<Cell>& op, Slots<const Cell> past, const float* fresh,
+                Slots<Cell> present, int64_t index) {
   const Heads& heads = op.heads;
   const int64_t row = index / heads.kv_heads, head = index % heads.kv_heads;
-  const int64_t size = heads.head_size, cells = heads.capacity * size, length = op.lengths[row];
-  if (present != past) {
-    std::memcpy(present + index * cells, past + index * cells, static_cast<size_t>(cells) * sizeof(Cell));
-  }
+  const int64_t size = heads.head_size, start = index * heads.capacity, length = op.lengths[row];
+  copy_slots(from_slot(past, start, size), from_slot(present, start, size), heads.capacity, size);
   for (int64_t t = length > heads.capacity ? length - heads.capacity : 0; t < length; ++t) {
     const int64_t slot = (op.past_lengths[row] + t) % heads.capacity;
     const int64_t from = (row * heads.queries + t) * heads.kv_heads + head;
-    write_head(present + index * cells + slot * size, fresh + from * size, size);
+    write_slot(from_slot(present, start + slot, size), fresh + from * size, size);
   }
 }
 
@@ -41,8 +46,7 @@ template <class Cell>
 void differential_attention(const WindowAttention<Cell>& op, const Pool& pool) {
   const Heads& heads = op.heads;
   const int64_t size = heads.head_size, capacity = heads.capacity, cells = capacity * size;
-  const int64_t width = heads.kv_heads * size, fresh_size = heads.batch * heads.queries * width;
-  const AsCells<Cell> k(op.k, fresh_size), v(op.v, fresh_size);
+  const AsCells<Cell> k(heads, op.k), v(heads, op.v);
 
   const auto position = [&](int64_t row, int64_t query) { return op.past_lengths[row] + query; };
   const auto sources = [&](int64_t row, int64_t first, int64_t last) {
@@ -52,29 +56,35 @@ void differential_attention(const WindowAttention<Cell>& op, const Pool& pool) {
     if (oldest < 0) oldest = 0;
     Sources<Cell> seen;
     if (oldest < past) {  // in the ring: up to its end, then from its start
-      const Cell *const key = op.past_key + row * heads.kv_heads * cells,
-                 *const value = op.past_value + row * heads.kv_heads * cells;
-      const int64_t slot = oldest % capacity, in_ring = past - oldest;
+      const int64_t start = row * heads.kv_heads * capacity, slot = oldest % capacity;
+      const auto key = [&](int64_t at) { return from_slot(op.past.key, start + at, size); };
+      const auto value = [&](int64_t at) { return from_slot(op.past.value, start + at, size); };
+      const int64_t in_ring = past - oldest;
       const int64_t ahead = in_ring < capacity - slot ? in_ring : capacity - slot;
-      seen.add({key + slot * size, value + slot * size, size, cells, oldest, ahead});
-      seen.add({key, value, size, cells, oldest + ahead, in_ring - ahead});
+      seen.add({key(slot), value(slot), size, cells, capacity, oldest, ahead});
+      seen.add({key(0), value(0), size, cells, capacity, oldest + ahead, in_ring - ahead});
     }
     const int64_t skipped = oldest > past ? oldest - past : 0;
-    const int64_t start = (row * heads.queries + skipped) * width;
-    seen.add({k.cells + start, v.cells + start, width, size, past + skipped, last + 1 - past - skipped});
+    const auto fresh = [&](const AsCells<Cell>& all) {
+      Slots<const Cell> slots = all.slots;
+      slots.cells += row * heads.queries * heads.kv_heads * size + skipped * all.slot_stride;
+      if constexpr (kScaled<Cell>) slots.scales += row * heads.queries * heads.kv_heads + skipped;
+      return slots;
+    };
+    seen.add({fresh(k), fresh(v), k.slot_stride, k.head_stride, k.scale_stride, past + skipped,
+              last + 1 - past - skipped});
     return seen;
   };
   attend(heads, op.window, sources, position, pool);
 
-  const bool in_place = op.present_key == op.past_key && op.present_value == op.past_value;
   const int64_t rings = heads.batch * heads.kv_heads;
   // One token in place is a few kilobytes: not worth waking a thread.
-  const int64_t tasks = in_place && heads.queries == 1 ? 1 : rings;
+  const int64_t tasks = is_same_memory(op.past, op.present) && heads.queries == 1 ? 1 : rings;
   pool(tasks, [&](int64_t task) {
     const int64_t end = tasks == 1 ? rings : task + 1;
     for (int64_t index = task; index < end; ++index) {
-      write_ring(op, op.past_key, op.k, op.present_key, index);
-      write_ring(op, op.past_value, op.v, op.present_value, index);
+      write_ring(op, op.past.key, op.k, op.present.key, index);
+      write_ring(op, op.past.value, op.v, op.present.value, index);
     }
   });
 }

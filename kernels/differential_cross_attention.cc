@@ -7,9 +7,11 @@ void differential_cross_attention(const CrossAttention<Cell>& op, const Pool& po
   const Heads& heads = op.heads;
   const int64_t cells = heads.capacity * heads.head_size;
   const auto sources = [&](int64_t row, int64_t, int64_t last) {
-    const int64_t start = row * heads.kv_heads * cells;
+    const int64_t start = row * heads.kv_heads * heads.capacity;
     Sources<Cell> seen;  // slots above the last position are never touched
-    seen.add({op.key + start, op.value + start, heads.head_size, cells, 0, last + 1});
+    seen.add({from_slot(op.cache.key, start, heads.head_size),
+              from_slot(op.cache.value, start, heads.head_size), heads.head_size, cells, heads.capacity, 0,
+              last + 1});
     return seen;
   };
   const auto position = [&](int64_t row, int64_t query) {

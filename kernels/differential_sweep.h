@@ -22,9 +22,10 @@ constexpr float kEps = 1e-5f;          // of the norm over a pair of heads
 // Slots that stand at one stride and hold consecutive positions.
 template <class Cell>
 struct Source {
-  const Cell *key, *value;  // of key head 0
-  int64_t slot_stride, head_stride;
-  int64_t first, count;  // position of the first slot, slots
+  Slots<const Cell> key, value;  // of key head 0
+  int64_t slot_stride, head_stride;  // in cells
+  int64_t scale_stride;              // from head to head; a head's scales are neighbours
+  int64_t first, count;              // position of the first slot, slots
 };
 
 template <class Cell>
@@ -109,6 +110,16 @@ inline void weigh_values(const float* weights, const Cell* value, int64_t stride
   }
 }
 
+// to[r] = from[r] * scales for `rows` rows of kBlock slots; beyond `slots` anything.
+inline void scale_rows(const float* from, const Half* scales, int64_t slots, int64_t rows, float* to) {
+  for_vectors(slots, [&](int64_t i, int64_t count) {
+    const Vec scale = load_some(scales + i, count);
+    for (int64_t r = 0; r < rows; ++r) {
+      store(to + r * kBlock + i, load(from + r * kBlock + i) * scale);
+    }
+  });
+}
+
 // The running result of a tile, or of a part of its slots: for each row the largest score, the sum of
 // exp(score - largest) and the values weighted so, both heads' columns padded to whole vectors.
 struct Partial {
@@ -188,9 +199,11 @@ template <class Cell, class PositionOf>
 void sweep(const Heads& op, const Tile& tile, const Sources<Cell>& sources, int64_t begin, int64_t end,
            int64_t window, const PositionOf& position, Partial& result) {
   const int64_t size = op.head_size, padded = result.padded, side_rows = tile.side_rows();
-  const Scratch<float> memory(2 * side_rows * (padded + kBlock));
-  float* const queries = memory.data();                   // [2, side_rows, padded]
+  const Scratch<float> memory(2 * side_rows * (padded + (kScaled<Cell> ? 2 : 1) * kBlock));
+  float* const queries = memory.data();                    // [2, side_rows, padded]
   float* const scores = queries + 2 * side_rows * padded;  // [2, side_rows, kBlock]
+  // Weights times the scales of one head's values, where there are such: [2, side_rows, kBlock].
+  float* const weights = kScaled<Cell> ? scores + 2 * side_rows * kBlock : scores;
   const float scale = 1.0f / std::sqrt(static_cast<float>(size));
   for (int64_t side = 0; side < 2; ++side) {
     for (int64_t member = 0; member < tile.group; ++member) {
@@ -210,8 +223,11 @@ void sweep(const Heads& op, const Tile& tile, const Sources<Cell>& sources, int6
     const int64_t last = end - before < source.count ? end - before : source.count;
     for (int64_t slot = begin > before ? begin - before : 0; slot < last; slot += kBlock) {
       const int64_t slots = last - slot < kBlock ? last - slot : kBlock;
-      const auto head = [&](const Cell* cells, int64_t side) {
-        return cells + (2 * tile.pair + side) * source.head_stride + slot * source.slot_stride;
+      const auto head = [&](Slots<const Cell> slots_of, int64_t side) {
+        return slots_of.cells + (2 * tile.pair + side) * source.head_stride + slot * source.slot_stride;
+      };
+      const auto scales = [&](Slots<const Cell> slots_of, int64_t side) {
+        return slots_of.scales + (2 * tile.pair + side) * source.scale_stride + slot;
       };
       for (int64_t side = 0; side < 2; ++side) {
         int64_t r = side * side_rows;
@@ -225,6 +241,10 @@ void sweep(const Heads& op, const Tile& tile, const Sources<Cell>& sources, int6
         dots(std::integral_constant<int, 4>{});
         dots(std::integral_constant<int, 2>{});
         dots(std::integral_constant<int, 1>{});
+        if constexpr (kScaled<Cell>) {
+          float* const of_side = scores + side * side_rows * kBlock;
+          scale_rows(of_side, scales(source.key, side), slots, side_rows, of_side);
+        }
       }
       for (int64_t r = 0; r < 2 * side_rows; ++r) {
         const int64_t at = position(tile.row, tile.first_query + r % tile.queries);
@@ -235,10 +255,13 @@ void sweep(const Heads& op, const Tile& tile, const Sources<Cell>& sources, int6
         result.weigh_scores(r, of_row);
       }
       for (int64_t side = 0; side < 2; ++side) {
+        if constexpr (kScaled<Cell>) {
+          scale_rows(scores, scales(source.value, side), slots, 2 * side_rows, weights);
+        }
         int64_t r = 0;
         const auto weigh = [&](auto rows) {
           for (; r + rows.value <= 2 * side_rows; r += rows.value) {
-            weigh_values<rows.value>(scores + r * kBlock, head(source.value, side), source.slot_stride,
+            weigh_values<rows.value>(weights + r * kBlock, head(source.value, side), source.slot_stride,
                                      slots, size, result.values + r * 2 * padded + side * padded,
                                      2 * padded);
           }

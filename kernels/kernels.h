@@ -7,12 +7,29 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 
 namespace sambay {
 
-// A value of a float16 cache, by its bits.
+// A float16, by its bits.
 struct Half {
   uint16_t bits;
+};
+
+// Some slots of a cache. Cells are float, Half or int8_t; with int8_t every head and slot has a scale, and
+// a value is cell * scale. The others have none.
+template <class Cell>
+struct Slots {
+  using Scale = std::conditional_t<std::is_const_v<Cell>, const Half, Half>;
+
+  Cell* cells;
+  Scale* scales;
+};
+
+// Keys and values: cells [batch, kv_heads, capacity, head_size], scales [batch, kv_heads, capacity].
+template <class Cell>
+struct Cache {
+  Slots<Cell> key, value;
 };
 
 // Runs task(0) .. task(count - 1), maybe at the same time, and returns when all are done.
@@ -62,14 +79,14 @@ struct GatedMemory {
   float* output;
 };
 
-// Shapes as in export/ops/append_key_value.py; Cell is float or Half.
+// Shapes as in export/ops/append_key_value.py, for int8_t as in append_quantized_key_value.py.
 template <class Cell>
 struct Append {
   int64_t batch, tokens, kv_heads, capacity, head_size;
-  const Cell *past_key, *past_value;
+  Cache<const Cell> past;
   const float *k, *v;
   const int64_t* past_lengths;  // past_length + tokens <= capacity
-  Cell *present_key, *present_value;
+  Cache<Cell> present;
 };
 
 // What both attention operators share. Query heads are a multiple of key heads, those are even.
@@ -80,22 +97,22 @@ struct Heads {
   float* output;
 };
 
-// Shapes as in export/ops/differential_attention.py.
+// Shapes as in export/ops/differential_attention.py, for int8_t with `quantized_` before the name.
 template <class Cell>
 struct WindowAttention {
   Heads heads;
   int64_t window;
   const float *k, *v;
-  const Cell *past_key, *past_value;
+  Cache<const Cell> past;
   const int64_t *past_lengths, *lengths;  // lengths: 0 .. queries
-  Cell *present_key, *present_value;
+  Cache<Cell> present;
 };
 
-// Shapes as in export/ops/differential_cross_attention.py.
+// Shapes as in export/ops/differential_cross_attention.py, for int8_t with `quantized_` before the name.
 template <class Cell>
 struct CrossAttention {
   Heads heads;
-  const Cell *key, *value;
+  Cache<const Cell> cache;
   const int64_t* positions;  // 0 .. capacity - 1
 };
 
@@ -111,6 +128,9 @@ struct Kernels {
   void (*differential_attention_half)(const WindowAttention<Half>&, const Pool&);
   void (*differential_cross_attention)(const CrossAttention<float>&, const Pool&);
   void (*differential_cross_attention_half)(const CrossAttention<Half>&, const Pool&);
+  void (*append_quantized_key_value)(const Append<int8_t>&, const Pool&);
+  void (*quantized_differential_attention)(const WindowAttention<int8_t>&, const Pool&);
+  void (*quantized_differential_cross_attention)(const CrossAttention<int8_t>&, const Pool&);
 };
 
 // The kernels for a named instruction set: "portable", "neon", "avx2" or "avx512"; for null or ""

@@ -6,10 +6,14 @@
 #include "gated_memory_unit.cc"
 #include "causal_conv_with_state.cc"
 #include "selective_scan.cc"
+#include "cache_slots.h"
 #include "append_key_value.cc"
+#include "append_quantized_key_value.cc"
 #include "differential_sweep.h"
 #include "differential_cross_attention.cc"
 #include "differential_attention.cc"
+#include "quantized_differential_cross_attention.cc"
+#include "quantized_differential_attention.cc"
 // clang-format on
 
 #define SAMBAY_TEXT(name) #name
@@ -29,6 +33,9 @@ const Kernels& kernels() {
       &differential_attention<Half>,
       &differential_cross_attention<float>,
       &differential_cross_attention<Half>,
+      &append_quantized_key_value,
+      &quantized_differential_attention,
+      &quantized_differential_cross_attention,
   };
   return all;
 }

@@ -1,7 +1,8 @@
 // One vector of floats in the instruction set that the including file is compiled for.
 //
 // isa_*.cc sets SAMBAY_ISA (a namespace) and one of SAMBAY_AVX512, SAMBAY_AVX2, SAMBAY_NEON or none of
-// them. Only what the operators need is here. `count` is 1 .. kWidth: the lanes of a partial vector;
+// them. Only what the operators need is here. A store of int8_t rounds to nearest, ties to even, values of
+// -128 to 127. `count` is 1 .. kWidth: the lanes of a partial vector;
 // the others read as 0. max(a, b) and min(a, b) give b where a lane of either is NaN, so a NaN in the
 // second argument stays.
 
@@ -29,6 +30,12 @@ inline void store(float* p, Vec a) { _mm512_storeu_ps(p, a.v); }
 inline void store(float* p, Vec a, int64_t count) { _mm512_mask_storeu_ps(p, lanes(count), a.v); }
 inline void store(Half* p, Vec a) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));
+}
+inline Vec load(const int8_t* p) {
+  return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
+}
+inline void store(int8_t* p, Vec a) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(a.v)));
 }
 inline Vec operator+(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
 inline Vec operator-(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
@@ -89,6 +96,14 @@ inline void store(float* p, Vec a, int64_t count) { _mm256_maskstore_ps(p, lanes
 inline void store(Half* p, Vec a) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));
 }
+inline Vec load(const int8_t* p) {
+  return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))))};
+}
+inline void store(int8_t* p, Vec a) {
+  const __m256i whole = _mm256_cvtps_epi32(a.v);
+  const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(whole), _mm256_extracti128_si256(whole, 1));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(words, words));
+}
 inline Vec operator+(Vec a, Vec b) { return {_mm256_add_ps(a.v, b.v)}; }
 inline Vec operator-(Vec a, Vec b) { return {_mm256_sub_ps(a.v, b.v)}; }
 inline Vec operator*(Vec a, Vec b) { return {_mm256_mul_ps(a.v, b.v)}; }
@@ -137,6 +152,16 @@ inline Vec load(const Half* p) {
 inline void store(float* p, Vec a) { vst1q_f32(p, a.v); }
 inline void store(Half* p, Vec a) {
   vst1_u16(reinterpret_cast<uint16_t*>(p), vreinterpret_u16_f16(vcvt_f16_f32(a.v)));
+}
+inline Vec load(const int8_t* p) {
+  uint32_t four;
+  std::memcpy(&four, p, sizeof four);
+  return {vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(vreinterpret_s8_u32(vdup_n_u32(four))))))};
+}
+inline void store(int8_t* p, Vec a) {
+  const int16x4_t words = vqmovn_s32(vcvtnq_s32_f32(a.v));
+  const uint32_t four = vget_lane_u32(vreinterpret_u32_s8(vqmovn_s16(vcombine_s16(words, words))), 0);
+  std::memcpy(p, &four, sizeof four);
 }
 inline Vec operator+(Vec a, Vec b) { return {vaddq_f32(a.v, b.v)}; }
 inline Vec operator-(Vec a, Vec b) { return {vsubq_f32(a.v, b.v)}; }
@@ -209,6 +234,13 @@ inline void store(float* p, Vec a) {
 inline void store(Half* p, Vec a) {
   for (int i = 0; i < 4; ++i) p[i] = to_half(a.v[i]);
 }
+inline Vec load(const int8_t* p) {
+  return each([&](int i) { return static_cast<float>(p[i]); });
+}
+inline void store(int8_t* p, Vec a) {
+  constexpr float kBias = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+  for (int i = 0; i < 4; ++i) p[i] = static_cast<int8_t>((a.v[i] + kBias) - kBias);
+}
 inline Vec operator+(Vec a, Vec b) {
   return each([&](int i) { return a.v[i] + b.v[i]; });
 }
@@ -262,13 +294,15 @@ inline void store(float* p, Vec a, int64_t count) {
 
 #endif
 
-inline Vec load(const Half* p, int64_t count) {
-  Half whole[kWidth] = {};
+template <class Cell>  // Half or int8_t
+inline Vec load(const Cell* p, int64_t count) {
+  Cell whole[kWidth] = {};
   for (int64_t i = 0; i < count; ++i) whole[i] = p[i];
   return load(whole);
 }
-inline void store(Half* p, Vec a, int64_t count) {
-  Half whole[kWidth];
+template <class Cell>
+inline void store(Cell* p, Vec a, int64_t count) {
+  Cell whole[kWidth];
   store(whole, a);
   for (int64_t i = 0; i < count; ++i) p[i] = whole[i];
 }

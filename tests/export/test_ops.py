@@ -1,54 +1,15 @@
 """Every operator's portable body computes what its torch reference computes."""
 
 import numpy as np
-import onnx
-import onnx_ir as ir
-import onnxruntime
 import pytest
 import torch
 
 from export.ops import OPS
 from export.ops.custom_op import CustomOp, Sample
+from tests.kernels.single_node import reference_outputs, run, session_of
 
-TYPES = {
-    torch.float32: onnx.TensorProto.FLOAT,
-    torch.float16: onnx.TensorProto.FLOAT16,
-    torch.int8: onnx.TensorProto.INT8,
-    torch.int64: onnx.TensorProto.INT64,
-}
 # Rounding to 8 bits has no gradient.
 TRAINABLE = [op for op in OPS if "quantized" not in str(op.torch_op)]
-
-
-def as_model(op: CustomOp, sample: Sample, outputs: list[torch.Tensor]) -> bytes:
-    """One bare node and its functions, as an exported file holds them."""
-    names = [f"in{i}" for i, _ in enumerate(sample.tensors)]
-    inputs = [
-        onnx.helper.make_tensor_value_info(name, TYPES[tensor.dtype], [None] * tensor.dim())
-        for name, tensor in zip(names, sample.tensors, strict=True)
-    ]
-    results = [f"out{i}" for i, _ in enumerate(outputs)]
-    node = onnx.helper.make_node(op.name, names, results, domain="ai.sambay", **sample.attributes)
-    values = [
-        onnx.helper.make_tensor_value_info(name, TYPES[tensor.dtype], None)
-        for name, tensor in zip(results, outputs, strict=True)
-    ]
-    model = onnx.helper.make_model(
-        onnx.helper.make_graph([node], "one_node", inputs, values),
-        opset_imports=[onnx.helper.make_opsetid("", 20), onnx.helper.make_opsetid("ai.sambay", 1)],
-        functions=[ir.to_proto(function) for function in op.functions()],
-        ir_version=10,
-    )
-    return model.SerializeToString()
-
-
-def run_portable_body(
-    op: CustomOp, sample: Sample, outputs: list[torch.Tensor]
-) -> list[np.ndarray]:
-    session = onnxruntime.InferenceSession(
-        as_model(op, sample, outputs), providers=["CPUExecutionProvider"]
-    )
-    return session.run(None, {f"in{i}": t.numpy() for i, t in enumerate(sample.tensors)})
 
 
 def seeded_sample(op: CustomOp, seed: int) -> Sample:
@@ -56,17 +17,12 @@ def seeded_sample(op: CustomOp, seed: int) -> Sample:
     return op.sample()
 
 
-def reference_outputs(op: CustomOp, sample: Sample) -> list[torch.Tensor]:
-    outputs = op.torch_op(*sample.tensors, **sample.attributes)
-    return list(outputs) if isinstance(outputs, tuple) else [outputs]
-
-
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
 def test_portable_body_matches_the_reference(op: CustomOp, seed: int) -> None:
     sample = seeded_sample(op, seed)
     expected = reference_outputs(op, sample)
-    actual = run_portable_body(op, sample, expected)
+    actual = run(session_of(op, sample), sample)
     for got, wanted in zip(actual, expected, strict=True):
         assert got.shape == tuple(wanted.shape)
         assert got.dtype == wanted.numpy().dtype
