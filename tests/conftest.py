@@ -22,9 +22,9 @@ torch.set_num_threads(1)  # the tensors are small: a second thread only waits
 class TorchRun:
     """A sequence of calls on the torch model."""
 
-    def __init__(self, model: SambaY, batch: int = 1) -> None:
+    def __init__(self, model: SambaY, batch: int = 1, capacity: int = 128) -> None:
         self.model, self.config = model, model.config
-        self.pairs = model.initial_states(batch, capacity=128)
+        self.pairs = model.initial_states(batch, capacity=capacity)
         self.mask = torch.zeros(batch, 0, dtype=torch.int64)
 
     @torch.no_grad()
@@ -99,11 +99,16 @@ def golden(request: pytest.FixtureRequest) -> Path:
 RUNNERS = ["torch", "portable", "native"]
 
 
-def runner(kind: str, golden: Path, export: Callable[..., Path], *options: str) -> Start:
-    """How to start a run: the torch model, or a package with portable or with native operators."""
+def runner(
+    kind: str, golden: Path, export: Callable[..., Path], *options: str, capacity: int = 128
+) -> Start:
+    """How to start a run: the torch model, or a package with portable or with native operators.
+
+    The torch model takes `capacity` tokens at most.
+    """
     if kind == "torch":
         model = load_weights(open_checkpoint(golden)).eval()
-        return lambda batch=1: TorchRun(model, batch)
+        return lambda batch=1: TorchRun(model, batch, capacity)
     if kind == "native" and library_path() is None:
         pytest.skip("the native operators were not built: needs a C++ compiler")
     package = export(golden, "cpu-fp32", *options)

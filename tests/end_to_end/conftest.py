@@ -1,12 +1,14 @@
 """Checkpoints of other sizes than the goldens', and packages made of them."""
 
 import functools
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 
 from export.checkpoint import open_checkpoint
@@ -41,28 +43,32 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Written
 
 
 @pytest.fixture(scope="session")
-def real_widths(tmp_path_factory: pytest.TempPathFactory) -> Written:
-    """The published widths in few layers: 0.9 billion weights."""
+def real_widths(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Written]:
+    """The published widths in few layers: 0.6 billion weights."""
     folder, config = tmp_path_factory.mktemp("checkpoint"), COMMON | REAL_WIDTHS
-    return Written(folder, config, write_checkpoint(folder, config, "BF16"))
+    yield Written(folder, config, write_checkpoint(folder, config, "BF16"))
+    shutil.rmtree(folder)  # pytest would keep it for two more sessions
 
 
 @pytest.fixture(scope="session")
-def package(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path, str], Path]:
+def package(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[Path, str], Path]]:
     """Make a package, once a test session: package(checkpoint, target).
 
     Tracing takes most of an export; all targets share one trace of a checkpoint.
     """
 
+    folder = tmp_path_factory.mktemp("packages")
+
     @functools.cache
-    def traced(checkpoint: Path):
+    def traced(checkpoint: Path) -> ir.Model:
         return trace(open_checkpoint(checkpoint))
 
     @functools.cache
     def make(checkpoint: Path, name: str) -> Path:
         target = find_target(name)
         model = run_passes(traced(checkpoint), target.passes)
-        destination = tmp_path_factory.mktemp("package") / name
+        destination = folder / f"{len(list(folder.iterdir()))}-{name}"
         return write_package(model, destination, target=target, facts={})
 
-    return make
+    yield make
+    shutil.rmtree(folder)

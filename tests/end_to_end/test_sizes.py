@@ -185,7 +185,7 @@ def test_the_torch_model_equals_the_oracle_at_any_size(tmp_path_factory, drawn) 
 @pytest.mark.parametrize("kind", RUNNERS)
 def test_the_real_widths_equal_the_oracle(kind: str, real_widths: Written, real_rows, package):
     """Past window and chunk, in pieces, a long row beside a short one."""
-    start = runner(kind, real_widths.folder, package)
+    start = runner(kind, real_widths.folder, package, capacity=600)
     check_calls(start(2), real_rows, [(515, 21), (9, 2), (1, 1), (3, 0), (1, 1)], left=True)
 
 
