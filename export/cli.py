@@ -102,6 +102,12 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "-o", "--output", type=Path, metavar="DIR", help="package folder (./<checkpoint>-<target>)"
     )
+    parser.add_argument(
+        "--cache",
+        choices=("float32", "float16", "int8"),
+        help="what keys and values are stored in while the model runs; default: the target's. "
+        "ONNX Runtime GenAI loads float32 and float16 only",
+    )
     parser.add_argument("--force", action="store_true", help="replace an existing package")
     parser.add_argument(
         "--portable",
@@ -161,9 +167,12 @@ def _source(options: argparse.Namespace) -> str | Path:
 def _export(options: argparse.Namespace, console: Console) -> None:
     begin = time.perf_counter()
     from targets import DEFAULT, find_target
+    from targets.caches import with_cache
     from targets.destination import check_destination
 
     target = DEFAULT if options.target is None else find_target(options.target)
+    if options.cache is not None:
+        target = with_cache(target, options.cache)
     source = _source(options)
     name = Path(os.path.abspath(source)).name  # a hub's folder is called by a digest
     destination = options.output or Path(f"{name}-{target.name}")
@@ -194,7 +203,7 @@ def _write(
     from export.tokenizer import write_tokenizer
     from graph_passes.pipeline import run_passes
     from runtime_py.native import library_path
-    from targets.package import package_size, write_package
+    from targets.package import GENAI, package_size, write_package
 
     notes = [_introduction()] if options.checkpoint is None else []
     with _progress(console) as progress:
@@ -237,6 +246,11 @@ def _write(
             extra_files=add_tokenizer,
             force=options.force,
             progress=stage("writing", package_size(model)),
+        )
+    if not (package / GENAI).is_file():
+        notes.append(
+            f"ONNX Runtime GenAI does not know caches of {target.cache}, so there is no {GENAI}; "
+            "for GenAI choose --cache float16"
         )
     for note in notes:
         console.print(f"note: {escape(note)}")

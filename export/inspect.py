@@ -15,7 +15,9 @@ from export.config import SambaYConfig
 from export.tensors import layer_of
 
 DEPTHS = (0, 2048, 8192, 32_768, 65_536)  # tokens a session holds
-_FLOAT = 4  # bytes; states are float32 as exported
+_FLOAT = 4  # bytes; states but for the caches are float32
+_CELL = {"float32": 4, "float16": 2, "int8": 1}  # bytes of a cache's element, by --cache
+_SCALE = {"float32": 0, "float16": 0, "int8": 2}  # and of each of its heads and tokens
 
 
 def describe(checkpoint: Checkpoint) -> RenderableType:
@@ -38,19 +40,20 @@ def describe(checkpoint: Checkpoint) -> RenderableType:
     return Group(*facts, "", _layers(checkpoint), "", _states(config))
 
 
-def state_bytes(config: SambaYConfig, tokens: int) -> dict[str, int]:
-    """Bytes one sequence carries after ``tokens`` tokens, by kind of state, float32.
+def state_bytes(config: SambaYConfig, tokens: int, cache: str = "float32") -> dict[str, int]:
+    """Bytes one sequence carries after ``tokens`` tokens, by kind of state.
 
     Only "shared keys, values" grows; window rings have their full length from the start.
     """
     kinds = [config.layer_kind(layer) for layer in range(config.num_hidden_layers)]
     mamba, windows = kinds.count("mamba"), kinds.count("window_attention")
-    key_value = 2 * config.num_key_value_heads * config.head_size  # elements a token
+    head = config.head_size * _CELL[cache] + _SCALE[cache]
+    key_value = 2 * config.num_key_value_heads * head  # bytes a token
     return {
         "convolution": mamba * config.d_inner * (config.d_conv - 1) * _FLOAT,
         "scan": mamba * config.d_inner * config.d_state * _FLOAT,
-        "window rings": windows * config.sliding_window * key_value * _FLOAT,
-        "shared keys, values": tokens * key_value * _FLOAT,
+        "window rings": windows * config.sliding_window * key_value,
+        "shared keys, values": tokens * key_value,
     }
 
 
@@ -74,14 +77,20 @@ def _add_row(table: Table, layer: str, kind: str, tensors: list[StoredTensor]) -
 
 
 def _states(config: SambaYConfig) -> Table:
-    table = Table("state", title="Memory of the states (float32)", title_justify="left")
-    by_depth = [state_bytes(config, tokens) for tokens in DEPTHS]
+    table = Table("state", title="Memory of the states, by --cache", title_justify="left")
     for tokens in DEPTHS:
         table.add_column(f"{tokens // 1024}K" if tokens else "0 tokens", justify="right")
-    for kind in by_depth[0]:
-        table.add_row(kind, *(decimal(sizes[kind]) for sizes in by_depth))
+    for cache in _CELL:
+        by_depth = [state_bytes(config, tokens, cache) for tokens in DEPTHS]
+        for kind in by_depth[0]:
+            kept = kind in ("convolution", "scan")  # the same with every cache
+            if not kept or cache == next(iter(_CELL)):
+                label = kind if kept else f"{kind}, {cache}"
+                table.add_row(label, *(decimal(sizes[kind]) for sizes in by_depth))
     table.add_section()
-    table.add_row("all", *(decimal(sum(sizes.values())) for sizes in by_depth))
+    for cache in _CELL:
+        sums = [sum(state_bytes(config, tokens, cache).values()) for tokens in DEPTHS]
+        table.add_row(f"all, {cache}", *map(decimal, sums))
     return table
 
 

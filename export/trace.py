@@ -205,10 +205,8 @@ def _bind_weights(model: ir.Model, checkpoint: Checkpoint) -> None:
 
 
 def _attach_bodies(model: ir.Model) -> None:
-    """Put the body of every operator in use beside the graph."""
-    used = {node.op_type for node in model.graph if node.domain == DOMAIN.domain}
+    """Put the body of every operator beside the graph: a pass may exchange one for another."""
     for op in OPS:
-        if op.name in used:
-            for function in op.functions():
-                model.functions[function.identifier()] = function
+        for function in op.functions():
+            model.functions[function.identifier()] = function
     model.opset_imports[DOMAIN.domain] = DOMAIN.version

@@ -9,13 +9,17 @@ Source: behaviour of onnxruntime-genai 0.18.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
 import onnx_ir as ir
 
-# Its buffers have this length from the start: 32768 tokens are 340 MB in the shared cache.
+# Its buffers have this length from the start: 168 MB of float16 at the published shape.
 _MAX_LENGTH = 32_768
+
+# Other states, such as the scales of caches of 8 bits, are inputs that it would not feed.
+_STATE = re.compile(r"past_key_values\.\d+\.(key|value|conv_state|recurrent_state)")
 
 # Sampling of the published model card.
 _SAMPLING = {"do_sample": True, "temperature": 0.6, "top_p": 0.95}
@@ -27,8 +31,8 @@ def genai_config(
     *,
     session_options: Mapping[str, Any],
     max_context: int | None,
-) -> dict[str, Any]:
-    """Describe a model.
+) -> dict[str, Any] | None:
+    """Describe a model; None where it has states that ONNX Runtime GenAI does not know.
 
     Args:
         model: with metadata ``sambay.config``.
@@ -36,6 +40,9 @@ def genai_config(
         session_options: of the target, with the name of the native library where there is one.
         max_context: most tokens of a session; None takes the model's.
     """
+    pasts = [value.name or "" for value in model.graph.inputs]
+    if any(name.startswith("past_") and not _STATE.fullmatch(name) for name in pasts):
+        return None
     config = json.loads(model.metadata_props["sambay.config"])
     memory_layer = config["num_hidden_layers"] // 2
     tokens = {

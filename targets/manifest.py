@@ -39,6 +39,7 @@ def manifest(
         "format_version": FORMAT_VERSION,
         "target": target.name,
         "provider": target.provider,
+        "cache": target.cache,
         "passes": [describe_pass(apply) for apply in target.passes],
         "checkpoint": dict(facts),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -1,7 +1,7 @@
 """Write a model as a package: a folder with all that a runtime needs.
 
 model.onnx, model.onnx.data    the graph and its weights
-genai_config.json              for ONNX Runtime GenAI
+genai_config.json              for ONNX Runtime GenAI, where that knows all the model's states
 sambay_ops.so, .dll, .dylib    native operators, where the target's provider is the CPU
 tokenizer files                from the caller
 manifest.json                  how it was made, digests
@@ -79,7 +79,8 @@ def write_package(
             options["custom_ops_library"] = LIBRARY + library.suffix
             shutil.copyfile(library, folder / options["custom_ops_library"])
         config = genai_config(model, MODEL, session_options=options, max_context=target.max_context)
-        _write_json(folder / GENAI, config)
+        if config is not None:
+            _write_json(folder / GENAI, config)
         if extra_files is not None:
             extra_files(folder)
         contents = manifest(folder, target=target, facts=facts, known={DATA: digest})

@@ -20,6 +20,7 @@ class Target:
         summary: one line for a list of targets.
         provider: ONNX Runtime execution provider that runs the package.
         passes: the whole recipe, in order; nothing is added behind its back.
+        cache: element type of keys and values, as the passes make it; one of ``targets.caches``.
         max_context: most tokens in one session; None when only memory limits it.
         session_options: what ONNX Runtime GenAI opens the model with, as genai_config.json has it.
     """
@@ -28,6 +29,7 @@ class Target:
     summary: str
     provider: str
     passes: tuple[Pass, ...]
+    cache: str = "float32"
     max_context: int | None = None
     session_options: Mapping[str, Any] = field(default_factory=lambda: {"provider_options": []})
 

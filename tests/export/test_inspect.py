@@ -81,6 +81,16 @@ def test_only_the_shared_cache_grows_with_depth() -> None:
     assert [sizes["shared keys, values"] for sizes in depths] == [n * per_token for n in DEPTHS]
 
 
+@pytest.mark.parametrize(
+    ("cache", "most"), [("float32", 381e6), ("float16", 200e6), ("int8", 110e6)]
+)
+def test_states_at_32k_tokens_fit_the_memory_of_a_tablet(
+    published: Path, cache: str, most: float
+) -> None:
+    config = open_checkpoint(published).config
+    assert 0.9 * most < sum(state_bytes(config, 32_768, cache).values()) <= most
+
+
 def test_states_of_the_published_shape_have_the_specified_sizes(published: Path) -> None:
     sizes = state_bytes(open_checkpoint(published).config, 1000)
     assert sizes == {

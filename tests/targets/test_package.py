@@ -221,3 +221,18 @@ def test_the_genai_configuration_follows_the_model(traced: Make, tmp_path: Path)
     assert decoder["head_size"] == 8
     assert decoder["sliding_window"]["layers"] == [1]
     assert written["search"]["past_present_share_buffer"] is True
+
+
+def test_a_model_with_states_that_genai_does_not_know_has_no_configuration_for_it(
+    traced: Make, tmp_path: Path
+) -> None:
+    model = run_passes(traced(), DEFAULT.passes)
+    scale = ir.Value(
+        name="past_key_values.1.key_scale",
+        shape=ir.Shape(["batch", 4, "window"]),
+        type=ir.TensorType(ir.DataType.FLOAT16),
+    )
+    model.graph.inputs.append(scale)
+    package = write_package(model, tmp_path / "package", target=DEFAULT, facts=FACTS)
+    assert not (package / "genai_config.json").exists()
+    assert "genai_config.json" not in (package / "manifest.json").read_text(encoding="utf-8")

@@ -6,6 +6,8 @@ import pytest
 
 from graph_passes.pipeline import run_passes
 from targets import DEFAULT, TARGETS, find_target
+from targets.caches import CACHES, with_cache
+from targets.target import Target
 
 
 def chosen_bits(model: ir.Model) -> dict[str, int]:
@@ -61,3 +63,18 @@ def test_recipes_differ_by_settings_that_can_be_printed() -> None:
         for apply in target.passes:
             function = apply.func if isinstance(apply, partial) else apply
             assert function.__module__ == f"graph_passes.{function.__name__}"
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.name)
+@pytest.mark.parametrize("cache", CACHES)
+def test_a_cache_type_replaces_the_target_s_own(target: Target, cache: str) -> None:
+    chosen = with_cache(with_cache(target, "int8"), cache)
+    rest = [apply for apply in target.passes if (apply,) not in CACHES.values()]
+    assert chosen.cache == cache
+    assert list(chosen.passes) == [*CACHES[cache], *rest]
+    assert with_cache(chosen, target.cache) == target
+
+
+def test_an_unknown_cache_type_is_refused() -> None:
+    with pytest.raises(ValueError, match="'int4': expected one of float32, float16, int8"):
+        with_cache(DEFAULT, "int4")

@@ -1,0 +1,29 @@
+"""What keys and values are stored in: the choice of ``--cache``."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from graph_passes.pipeline import Pass
+from graph_passes.quantize_caches import quantize_caches
+from graph_passes.store_caches_in_float16 import store_caches_in_float16
+from targets.target import Target
+
+# The pass that makes them so; the graph as traced has float32.
+CACHES: dict[str, tuple[Pass, ...]] = {
+    "float32": (),
+    "float16": (store_caches_in_float16,),
+    "int8": (quantize_caches,),
+}
+
+
+def with_cache(target: Target, cache: str) -> Target:
+    """The target with caches of another element type.
+
+    Raises:
+        ValueError: there is no such type.
+    """
+    if cache not in CACHES:
+        raise ValueError(f"unknown cache type {cache!r}: expected one of {', '.join(CACHES)}")
+    passes = [apply for apply in target.passes if (apply,) not in CACHES.values()]
+    return dataclasses.replace(target, cache=cache, passes=(*CACHES[cache], *passes))
