@@ -47,7 +47,7 @@ def real_widths(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Written]:
     """The published widths in few layers: 0.6 billion weights."""
     folder, config = tmp_path_factory.mktemp("checkpoint"), COMMON | REAL_WIDTHS
     yield Written(folder, config, write_checkpoint(folder, config, "BF16"))
-    shutil.rmtree(folder)  # pytest would keep it for two more sessions
+    shutil.rmtree(folder, ignore_errors=True)  # pytest would keep it for two more sessions
 
 
 @pytest.fixture(scope="session")
@@ -56,7 +56,6 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[Path
 
     Tracing takes most of an export; all targets share one trace of a checkpoint.
     """
-
     folder = tmp_path_factory.mktemp("packages")
 
     @functools.cache
@@ -71,4 +70,4 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[Path
         return write_package(model, destination, target=target, facts={})
 
     yield make
-    shutil.rmtree(folder)
+    shutil.rmtree(folder, ignore_errors=True)

@@ -21,9 +21,7 @@ DTYPES = {
 }
 
 
-def write_checkpoint(
-    folder: Path, config: Mapping[str, Any], dtype: str, *, seed: int = 0
-) -> dict[str, np.ndarray]:
+def write_checkpoint(folder: Path, config: Mapping[str, Any], dtype: str) -> dict[str, np.ndarray]:
     """Write config.json and model.safetensors; return the weights, mapped from the file.
 
     Args:
@@ -46,7 +44,7 @@ def write_checkpoint(
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for name, shape in shapes.items():
-            random = np.random.default_rng([seed, *name.encode()])
+            random = np.random.default_rng([*name.encode()])
             file.write(_random(name, shape, random).astype(DTYPES[kinds[name]]).tobytes())
     stored = np.memmap(path, np.uint8, "r", offset=8 + len(text))
     return {

@@ -84,7 +84,7 @@ def with_stored_weights(checkpoint: Path, package: Path) -> TorchRun:
 
 
 @pytest.fixture
-def at_accuracy(tmp_path: Path) -> Copy:
+def at_accuracy(tmp_path: Path) -> Iterator[Copy]:
     """Copy a package with another accuracy_level; files that stay the same are linked."""
 
     def copy(package: Path, level: int) -> Path:
@@ -102,7 +102,8 @@ def at_accuracy(tmp_path: Path) -> Copy:
         (folder / "model.onnx").write_bytes(model.SerializeToString())
         return folder
 
-    return copy
+    yield copy
+    shutil.rmtree(tmp_path, ignore_errors=True)  # pytest would keep large files; Windows may too
 
 
 def outputs(run: PackageRun | TorchRun, ids: np.ndarray) -> dict[str, np.ndarray]:
