@@ -23,7 +23,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from export.interrupts import keep_interrupts
+from export.interrupts import hold_interrupts, keep_interrupts
 
 if TYPE_CHECKING:
     from export.checkpoint import Checkpoint
@@ -166,9 +166,11 @@ def _source(options: argparse.Namespace) -> str | Path:
 
 def _export(options: argparse.Namespace, console: Console) -> None:
     begin = time.perf_counter()
-    from targets import DEFAULT, find_target
-    from targets.caches import with_cache
-    from targets.destination import check_destination
+    with hold_interrupts():
+        from export.checkpoint import open_checkpoint
+        from targets import DEFAULT, find_target
+        from targets.caches import with_cache
+        from targets.destination import check_destination
 
     target = DEFAULT if options.target is None else find_target(options.target)
     if options.cache is not None:
@@ -178,8 +180,6 @@ def _export(options: argparse.Namespace, console: Console) -> None:
     destination = options.output or Path(f"{name}-{target.name}")
     # First of all: to fetch a checkpoint from the hub may take an hour.
     check_destination(destination, force=options.force)
-    from export.checkpoint import open_checkpoint
-
     checkpoint = open_checkpoint(source)
     package = _write(checkpoint, name, target, destination, options, console)
     size = sum(file.stat().st_size for file in package.iterdir())
@@ -199,11 +199,12 @@ def _write(
     options: argparse.Namespace,
     console: Console,
 ) -> Path:
-    from export.checkpoint import CheckpointError, find_non_finite
-    from export.tokenizer import write_tokenizer
-    from graph_passes.pipeline import run_passes
-    from runtime_py.native import library_path
-    from targets.package import GENAI, package_size, write_package
+    with hold_interrupts():
+        from export.checkpoint import CheckpointError, find_non_finite
+        from export.tokenizer import write_tokenizer
+        from graph_passes.pipeline import run_passes
+        from runtime_py.native import library_path
+        from targets.package import GENAI, package_size, write_package
 
     notes = [_introduction()] if options.checkpoint is None else []
     with _progress(console) as progress:
@@ -221,7 +222,8 @@ def _write(
                 "weights: the checkpoint is damaged, fetch it again"
             )
         stage("tracing the graph")
-        from export.trace import trace
+        with hold_interrupts():  # torch
+            from export.trace import trace
 
         model = trace(checkpoint, all_logits=options.all_logits)
         stage(f"shaping it for {target.name}")

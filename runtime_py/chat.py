@@ -125,6 +125,8 @@ class Chat:
             try:
                 line = input("> " if interactive else "").strip()
             except EOFError:
+                if interactive:
+                    self.notes.print()  # the shell's next line begins on its own
                 return 0
             except KeyboardInterrupt:
                 if leaving:

@@ -71,6 +71,8 @@ def write_package(
     model = model.clone()
     model.metadata_props["sambay.target"] = target.name
     with complete_folder(destination, force=force, size=package_size(model)) as folder:
+        if extra_files is not None:  # first: a damaged tokenizer must not cost the weights' minutes
+            extra_files(folder)
         with (folder / DATA).open("wb") as file:
             digest = _move_weights(model, _Data(file, progress or _silent))
         ir.save(model, folder / MODEL)
@@ -81,8 +83,6 @@ def write_package(
         config = genai_config(model, MODEL, session_options=options, max_context=target.max_context)
         if config is not None:
             _write_json(folder / GENAI, config)
-        if extra_files is not None:
-            extra_files(folder)
         contents = manifest(folder, target=target, facts=facts, known={DATA: digest})
         _write_json(folder / MANIFEST, contents)
     return Path(destination).resolve()
