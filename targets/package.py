@@ -27,7 +27,7 @@ MODEL, DATA, GENAI = "model.onnx", "model.onnx.data", "genai_config.json"
 LIBRARY = "sambay_ops"  # and the suffix of the system it is for
 
 # Smaller tensors stand in the graph itself, where shape inference finds the constants it needs.
-_OUTSIDE = 1024
+OUTSIDE = 1024
 
 # Large weights start on a page, so that a runtime can map them; small ones on a cache line.
 _LARGE, _PAGE, _LINE = 1 << 20, 4096, 64
@@ -90,7 +90,12 @@ def write_package(
 
 def package_size(model: ir.Model) -> int:
     """Bytes of weights a package of this model will hold, nearly its whole size; reads nothing."""
-    return sum(tensor.nbytes for tensor in map(_data, _weights(model)) if tensor.nbytes >= _OUTSIDE)
+    return sum(tensor.nbytes for tensor in map(_data, _weights(model)) if tensor.nbytes >= OUTSIDE)
+
+
+def alignment(nbytes: int) -> int:
+    """What the place of a weight of this size in the file of weights is a multiple of."""
+    return _PAGE if nbytes >= _LARGE else _LINE
 
 
 class _Data:
@@ -122,13 +127,13 @@ def _move_weights(model: ir.Model, file: _Data) -> str:
     """Write large weights to the file, take small ones into the graph; the file's SHA-256."""
     for value in _weights(model):
         tensor = _data(value)
-        if tensor.nbytes < _OUTSIDE:
+        if tensor.nbytes < OUTSIDE:
             # read now: its place in the checkpoint must not be written into the package
             value.const_value = ir.Tensor(
                 tensor.numpy().copy(), dtype=tensor.dtype, name=value.name
             )
             continue
-        file.align(_PAGE if tensor.nbytes >= _LARGE else _LINE)
+        file.align(alignment(tensor.nbytes))
         start = file.position
         tensor.tofile(file)
         if file.position - start != tensor.nbytes:
