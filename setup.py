@@ -11,7 +11,17 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 KERNELS = Path("kernels")
-SOURCES = ("dispatch", "isa_avx2", "isa_avx512", "isa_neon", "isa_portable", "ort_operators")
+SOURCES = (
+    "dispatch",
+    "isa_avx2",
+    "isa_avx2_vnni",
+    "isa_avx512",
+    "isa_avx512_vnni",
+    "isa_neon",
+    "isa_neon_dot",
+    "isa_portable",
+    "ort_operators",
+)
 UNIX_ARGUMENTS = ["-std=c++17", "-O3", "-fno-math-errno", "-fvisibility=hidden"]
 # MSVC takes every intrinsic without a flag; /EHsc: the glue turns exceptions into statuses.
 MSVC_ARGUMENTS = ["/std:c++17", "/O2", "/EHsc"]

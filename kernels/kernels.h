@@ -116,6 +116,18 @@ struct CrossAttention {
   const int64_t* positions;  // 0 .. capacity - 1
 };
 
+// y [tokens, outputs] = x [tokens, inputs] times the transpose of a weight in blocks of 32 along its rows,
+// stored as com.microsoft.MatMulNBits has it: a value is (stored - 8) * scale, or (stored - 128) * scale.
+struct MatMulNBits {
+  int64_t tokens, inputs, outputs;
+  int bits;    // 4 or 8
+  bool exact;  // no input is rounded to 8 bits, however many tokens there are
+  const float* x;
+  const uint8_t* weight;  // [outputs, blocks, 4 * bits]; of 4-bit values the first is in the low half
+  const float* scales;    // [outputs, blocks]
+  float* y;
+};
+
 // The operators, compiled for one instruction set.
 struct Kernels {
   const char* isa;
@@ -131,10 +143,12 @@ struct Kernels {
   void (*append_quantized_key_value)(const Append<int8_t>&, const Pool&);
   void (*quantized_differential_attention)(const WindowAttention<int8_t>&, const Pool&);
   void (*quantized_differential_cross_attention)(const CrossAttention<int8_t>&, const Pool&);
+  void (*matmul_nbits)(const MatMulNBits&, const Pool&);
 };
 
-// The kernels for a named instruction set: "portable", "neon", "avx2" or "avx512"; for null or ""
-// the best this machine has. Null where the machine or the build lacks the one named.
+// The kernels for a named instruction set: "portable", "neon", "neon_dot", "avx2", "avx2_vnni", "avx512" or
+// "avx512_vnni"; for null or "" the best this machine has. Null where the machine or the build lacks the
+// one named.
 const Kernels* find_kernels(const char* isa);
 
 }  // namespace sambay

@@ -14,6 +14,8 @@
 #include "differential_attention.cc"
 #include "quantized_differential_cross_attention.cc"
 #include "quantized_differential_attention.cc"
+#include "bytes.h"
+#include "matmul_nbits.cc"
 // clang-format on
 
 #define SAMBAY_TEXT(name) #name
@@ -36,6 +38,7 @@ const Kernels& kernels() {
       &append_quantized_key_value,
       &quantized_differential_attention,
       &quantized_differential_cross_attention,
+      &matmul_nbits,
   };
   return all;
 }

@@ -32,7 +32,7 @@ struct CustomOp;
 
 constexpr int kInvalidArgument = 2;  // OrtErrorCode
 constexpr int kFail = 1;
-enum ElementType : int { kFloat = 1, kInt8 = 3, kInt64 = 7, kFloat16 = 10 };  // ONNXTensorElementDataType
+enum ElementType : int { kFloat = 1, kUint8 = 2, kInt8 = 3, kInt64 = 7, kFloat16 = 10 };  // ONNXTensorElementDataType
 
 // OrtApi is a table of function pointers; a slot is an entry's place in it, and its signature.
 template <size_t kIndex, class Function>

@@ -53,6 +53,8 @@ constexpr ElementType element_type<Half>() { return kFloat16; }
 template <>
 constexpr ElementType element_type<int8_t>() { return kInt8; }
 template <>
+constexpr ElementType element_type<uint8_t>() { return kUint8; }
+template <>
 constexpr ElementType element_type<int64_t>() { return kInt64; }
 
 // One run of one node.

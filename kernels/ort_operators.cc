@@ -82,6 +82,46 @@ struct GatedMemoryUnit {
   }
 };
 
+struct MatMulNBits {
+  static constexpr const char* kName = "MatMulNBits";
+  static constexpr const char* kInputs[] = {"A", "B", "scales"};
+  static constexpr ElementType kInputTypes[] = {kFloat, kUint8, kFloat};
+  static constexpr ElementType kOutputTypes[] = {kFloat};
+  static constexpr int64_t kBlock = 32, kLargest = int64_t{1} << 31;
+
+  explicit MatMulNBits(const Attributes& attributes)
+      : K(attributes.integer("K")),
+        N(attributes.integer("N")),
+        bits(attributes.integer("bits")),
+        exact(attributes.integer("accuracy_level") != 4) {
+    const int64_t block_size = attributes.integer("block_size");
+    if (K < 1 || K > kLargest || N < 1 || N > kLargest || (bits != 4 && bits != 8) || block_size != kBlock) {
+      throw Fault{"MatMulNBits has K " + std::to_string(K) + ", N " + std::to_string(N) + ", bits " +
+                  std::to_string(bits) + ", block_size " + std::to_string(block_size) +
+                  "; expected K and N of 1 or more, bits 4 or 8, block_size 32. Export the model again"};
+    }
+  }
+
+  void run(const Context& context, const Kernels& kernels) const {
+    std::vector<int64_t> shape = context.shape(0, kFloat);
+    if (shape.empty() || shape.back() != K) {
+      throw context.fault(0, "has shape " + text(shape), "a last size of " + std::to_string(K));
+    }
+    const int64_t blocks = (K + kBlock - 1) / kBlock;
+    sambay::MatMulNBits op{1, K, N, static_cast<int>(bits), exact, nullptr, nullptr, nullptr, nullptr};
+    for (size_t axis = 0; axis + 1 < shape.size(); ++axis) op.tokens *= shape[axis];
+    op.x = context.data_of<float>(0);
+    op.weight = context.input<uint8_t>(1, {N, blocks, kBlock * bits / 8});
+    op.scales = context.input<float>(2, {N, blocks});
+    shape.back() = N;
+    op.y = context.output<float>(0, shape);
+    if (op.tokens > 0) kernels.matmul_nbits(op, context.pool());
+  }
+
+  int64_t K, N, bits;
+  bool exact;
+};
+
 // Runs `body`; what it throws becomes a status.
 template <class Body>
 Status* guarded(const Api* api, const char* name, const Body& body) {
@@ -174,6 +214,7 @@ SAMBAY_EXPORT sambay::ort::Status* SAMBAY_ORT_CALL RegisterCustomOps(sambay::ort
       describe<AppendKeyValue<int8_t>>(),
       describe<DifferentialAttention<int8_t>>(),
       describe<DifferentialCrossAttention<int8_t>>(),
+      describe<MatMulNBits>(),
   };
   static CustomOpDomain* domain = nullptr;  // one a process, never released: sessions refer to it
   static Status* const failed = [&] {

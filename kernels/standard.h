@@ -11,6 +11,9 @@
 #if defined(__x86_64__) || defined(_M_X64)
 #define SAMBAY_X86 1
 #include <immintrin.h>
+#if defined(_MSC_VER) || __has_include(<avxvnniintrin.h>)
+#define SAMBAY_COMPILES_AVX_VNNI 1  // GCC 11, clang 12
+#endif
 #elif defined(__aarch64__) || defined(_M_ARM64)
 #define SAMBAY_ARM 1
 #include <arm_neon.h>

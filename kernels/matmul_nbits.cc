@@ -1,0 +1,357 @@
+// Products with weights in blocks of 32 that share a scale. Compiled once for each instruction set, by
+// isa_*.cc.
+//
+// The weights are read where they lie, as the file has them: a process keeps no second copy. Inputs
+// are quantized block by block, products of integers are exact, and every block's sum is scaled and
+// added in float32. An input is taken as one signed byte, or as two, 128 * high + low: 15 bits, next
+// to exact. One token is bound by reading the weights, so its second byte costs nothing.
+
+namespace sambay::SAMBAY_ISA {
+
+constexpr int64_t kQuantBlock = 32;         // inputs that share a scale
+constexpr int kGroup = kWidth / 4;     // blocks of 4-bit weights in a vector
+constexpr int kChunk = 16;             // blocks unpacked at once: the tile and the inputs stay in L1
+constexpr int kTile = 2;               // vectors of outputs that a task computes
+constexpr int kTileTokens = 4;           // tokens whose sums are in registers at once
+constexpr int64_t kExactTokens = 8;    // up to here inputs have 15 bits in any case
+constexpr int64_t kTaskBytes = 65536;  // weights that a task of one token reads, at least
+
+// Inputs as integers. A block's 32 bytes stand as its weights do: of 4-bit weights the even inputs
+// come first (low halves), then the odd ones. `group` blocks have their first halves side by side.
+struct QuantizedInputs {
+  QuantizedInputs(const MatMulNBits& op, int planes, int64_t group, const Pool& pool);
+
+  int64_t blocks;      // whole groups
+  int64_t plane_size;  // bytes of one plane of one token
+  int planes, bits;
+  int64_t group;
+  Scratch<int8_t> bytes;     // [tokens, planes, plane_size], the high plane first
+  Scratch<float> scales;     // [tokens, blocks]
+  Scratch<int32_t> offsets;  // [tokens, blocks]: what to add to a block's sum for its centre
+
+ private:
+  void quantize(const float* x, int64_t count, int8_t* out, float* scale, int32_t* offset) const;
+};
+
+inline int64_t whole_groups(int64_t inputs, int64_t group) {
+  const int64_t blocks = (inputs + kQuantBlock - 1) / kQuantBlock;
+  return (blocks + group - 1) / group * group;
+}
+
+QuantizedInputs::QuantizedInputs(const MatMulNBits& op, int planes, int64_t group, const Pool& pool)
+    : blocks(whole_groups(op.inputs, kGroup)),
+      plane_size(blocks * kQuantBlock),
+      planes(planes),
+      bits(op.bits),
+      group(group),
+      bytes(op.tokens * planes * plane_size),
+      scales(op.tokens * blocks),
+      offsets(op.tokens * blocks) {
+  constexpr int64_t kTokens = 16;  // of a task
+  pool((op.tokens + kTokens - 1) / kTokens, [&](int64_t task) {
+    const int64_t end = (task + 1) * kTokens < op.tokens ? (task + 1) * kTokens : op.tokens;
+    for (int64_t t = task * kTokens; t < end; ++t) {
+      for (int64_t b = 0; b < blocks; ++b) {
+        const int64_t left = op.inputs - b * kQuantBlock;
+        const int64_t place = b / group * group * kQuantBlock + b % group * (kQuantBlock / 2);
+        quantize(op.x + t * op.inputs + b * kQuantBlock, left < 0 ? 0 : left < kQuantBlock ? left : kQuantBlock,
+                 bytes.data() + t * planes * plane_size + place, scales.data() + t * blocks + b,
+                 offsets.data() + t * blocks + b);
+      }
+    }
+  });
+}
+
+// One block of `count` inputs; a NaN or an infinity makes its scale NaN.
+inline void QuantizedInputs::quantize(const float* x, int64_t count, int8_t* out, float* scale,
+                                      int32_t* offset) const {
+  alignas(64) float block[kQuantBlock] = {};
+  Vec most = set(0.0f), zero = set(0.0f);
+  for (int64_t i = 0; i < count; i += kWidth) {
+    const Vec some = load_some(x + i, count - i < kWidth ? count - i : kWidth);
+    store(block + i, some);
+    most = max(most, max(some, set(0.0f) - some));
+    zero = fma(some, set(0.0f), zero);
+  }
+  const float limit = planes == 2 ? 128.0f * kLargestInput + 63.0f : 1.0f * kLargestInput;
+  const float top = largest(most);
+  const float inverse = top > 1e-30f ? limit / top : 0.0f;
+  *scale = (top > 1e-30f ? top / limit : 0.0f) + sum(zero);
+
+  const Vec bias = set(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, in the low bits
+  for (int64_t i = 0; i < kQuantBlock; i += kWidth) {
+    store(block + i, fma(load(block + i), set(inverse), bias));
+  }
+  uint32_t whole[kQuantBlock];
+  std::memcpy(whole, block, sizeof whole);
+  int8_t parts[2][kQuantBlock];
+  int32_t total = 0;
+  for (int i = 0; i < kQuantBlock; ++i) {
+    const auto value = static_cast<int32_t>(whole[i] - 0x4B400000u);
+    const auto high = static_cast<int8_t>((value + 64) >> 7);
+    const auto low = static_cast<int8_t>(planes == 2 ? value - high * 128 : value);
+    parts[0][i] = high;
+    parts[1][i] = low;
+    total += planes == 2 ? high * 128 + low : low;
+  }
+  *offset = -total * (bits == 4 ? 8 : kByteCentre);
+  for (int plane = 0; plane < planes; ++plane) {
+    const int8_t* from = parts[planes == 2 ? plane : 1];
+    int8_t* first = out + plane * plane_size;
+    int8_t* second = first + group * (kQuantBlock / 2);
+    for (int i = 0; i < kQuantBlock / 2; ++i) {
+      first[i] = bits == 4 ? from[2 * i] : from[i];
+      second[i] = bits == 4 ? from[2 * i + 1] : from[i + kQuantBlock / 2];
+    }
+  }
+}
+
+// --- one token: every row of weights is read once, from its start to its end
+
+// One token's scales and offsets, lane for lane what the weights' vectors meet.
+template <int kBits>
+struct SpreadInputs {
+  static constexpr int kParts = kBits == 4 ? 1 : 2;  // vectors of sums in a group
+
+  explicit SpreadInputs(const QuantizedInputs& x)
+      : groups(x.blocks / kGroup), high(x.bytes.data()), low(high + x.plane_size),
+        scales(x.blocks * 4 * kParts), offsets(x.blocks * 4 * kParts) {
+    constexpr int kLanes = 4 * kParts;  // of a block
+    for (int64_t i = 0; i < x.blocks * kLanes; ++i) {
+      scales.data()[i] = x.scales.data()[i / kLanes];
+      offsets.data()[i] = i % kLanes ? 0 : x.offsets.data()[i / kLanes];
+    }
+  }
+
+  int64_t groups;
+  const int8_t *high, *low;
+  Scratch<float> scales;
+  Scratch<int32_t> offsets;
+};
+
+template <int kBits>
+inline Vec add_group(const SpreadInputs<kBits>& x, int64_t g, const uint8_t* weight, const float* scales,
+                     Vec total) {
+  const int8_t *const high = x.high + g * 2 * kBytes, *const low = x.low + g * 2 * kBytes;
+  if (kBits == 4) {
+    const Bytes packed = load_bytes(weight), even = low_halves(packed), odd = high_halves(packed);
+    const auto dot = [&](const int8_t* inputs) {
+      const Ints half = add_products<4>(set_ints(0), even, load_bytes(inputs));
+      return whole_sum<4>(add_products<4>(half, odd, load_bytes(inputs + kBytes)));
+    };
+    const Ints sum = times_128(dot(high)) + dot(low) + load_ints(x.offsets.data() + g * kWidth);
+    return fma(to_floats(sum), repeat_by_four(scales) * load(x.scales.data() + g * kWidth), total);
+  }
+  for (int part = 0; part < 2; ++part) {
+    const Bytes stored = load_bytes(weight + part * kBytes);
+    const auto dot = [&](const int8_t* inputs) {
+      return whole_sum<8>(add_products<8>(set_ints(0), stored, load_bytes(inputs + part * kBytes)));
+    };
+    const int64_t lane = (2 * g + part) * kWidth;
+    const Ints sum = times_128(dot(high)) + dot(low) + load_ints(x.offsets.data() + lane);
+    total = fma(to_floats(sum), repeat_by_eight(scales, part) * load(x.scales.data() + lane), total);
+  }
+  return total;
+}
+
+template <int kBits>
+void one_token(const MatMulNBits& op, const Pool& pool) {
+  constexpr int64_t kBlockBytes = kQuantBlock * kBits / 8, kGroupBytes = kGroup * kBlockBytes;
+  const QuantizedInputs quantized(op, 2, kBits == 4 ? kGroup : 1, pool);
+  const int64_t blocks = whole_groups(op.inputs, 1), whole = blocks / kGroup, rest = blocks % kGroup;
+  const SpreadInputs<kBits> x(quantized);
+  const int64_t rows = 1 + kTaskBytes / (blocks * kBlockBytes);
+  pool((op.outputs + rows - 1) / rows, [&](int64_t task) {
+    const int64_t end = (task + 1) * rows < op.outputs ? (task + 1) * rows : op.outputs;
+    for (int64_t n = task * rows; n < end; ++n) {
+      const uint8_t* weight = op.weight + n * blocks * kBlockBytes;
+      const float* scales = op.scales + n * blocks;
+      Vec total = set(0.0f);
+      for (int64_t g = 0; g < whole; ++g) {
+        prefetch(weight + kPrefetch);
+        prefetch(scales + kPrefetch / 16);
+        total = add_group<kBits>(x, g, weight, scales, total);
+        weight += kGroupBytes;
+        scales += kGroup;
+      }
+      if (rest) {
+        uint8_t last[kGroupBytes] = {};
+        float last_scales[kGroup] = {};
+        std::memcpy(last, weight, static_cast<size_t>(rest * kBlockBytes));
+        std::memcpy(last_scales, scales, static_cast<size_t>(rest) * sizeof(float));
+        total = add_group<kBits>(x, whole, last, last_scales, total);
+      }
+      op.y[n] = sum(total);
+    }
+  });
+}
+
+// --- more tokens: a tile of weights is turned, so that lanes are outputs, and meets every token
+
+struct WeightTile {
+  int blocks = 0;
+  alignas(64) uint8_t weight[kChunk * 8 * kTile * kBytes];  // [blocks, 8 fours of inputs, outputs, 4]
+  alignas(64) float scales[kChunk * kTile * kWidth];        // [blocks, outputs]
+};
+
+template <int kBits>
+void unpack_tile(const MatMulNBits& op, int64_t output, int64_t block, WeightTile& tile) {
+  constexpr int64_t kBlockBytes = kQuantBlock * kBits / 8;
+  const int64_t blocks = whole_groups(op.inputs, 1);
+  for (int v = 0; v < kTile; ++v) {
+    const uint8_t *rows[kWidth], *scales[kWidth];
+    for (int i = 0; i < kWidth; ++i) {  // rows beyond the last one repeat it; nobody reads their sums
+      const int64_t n = output + v * kWidth + i, row = n < op.outputs ? n : op.outputs - 1;
+      rows[i] = op.weight + (row * blocks + block) * kBlockBytes;
+      scales[i] = reinterpret_cast<const uint8_t*>(op.scales + row * blocks + block);
+    }
+    for (int b = 0; b < tile.blocks; ++b) {
+      uint8_t* const to = tile.weight + (b * 8 * kTile + v) * kBytes;
+      const auto place = [&](int four) { return to + four * kTile * kBytes; };
+      for (int half = 0; half < kBits / 4; ++half) {
+        Bytes turned[4];
+        turn_fours(rows, turned);
+        for (int j = 0; j < 4; ++j) {
+          if (kBits == 4) {
+            store_bytes(place(j), low_halves(turned[j]));
+            store_bytes(place(4 + j), high_halves(turned[j]));
+          } else {
+            store_bytes(place(4 * half + j), turned[j]);
+          }
+        }
+        for (auto& row : rows) {
+          if (b % 4 == 0) prefetch(row + kChunk * kBlockBytes);
+          row += 16;
+        }
+      }
+    }
+    int b = 0;
+    for (; b + 4 <= tile.blocks; b += 4) {
+      Bytes turned[4];
+      turn_fours(scales, turned);
+      for (int j = 0; j < 4; ++j) store_bytes(tile.scales + ((b + j) * kTile + v) * kWidth, turned[j]);
+      for (auto& row : scales) row += 4 * sizeof(float);
+    }
+    for (; b < tile.blocks; ++b) {
+      for (int i = 0; i < kWidth; ++i) {
+        std::memcpy(tile.scales + (b * kTile + v) * kWidth + i, scales[i], sizeof(float));
+        scales[i] += sizeof(float);
+      }
+    }
+  }
+}
+
+// Adds a tile's blocks to the sums of kRows tokens from `token` on.
+template <int kBits, int kPlanes, int kRows>
+inline void add_tile(const QuantizedInputs& x, const WeightTile& tile, int64_t token, int64_t block,
+                     Vec (&sums)[kTileTokens][kTile]) {
+  const int64_t row_size = kPlanes * x.plane_size;
+  const int8_t* inputs = x.bytes.data() + token * row_size + block * kQuantBlock;
+  const float* scales = x.scales.data() + token * x.blocks + block;
+  const int32_t* offsets = x.offsets.data() + token * x.blocks + block;
+  const uint8_t* weight = tile.weight;
+  for (int b = 0; b < tile.blocks; ++b) {
+    Ints found[kRows][kTile];
+    for (int m = 0; m < kRows; ++m) {
+      for (Ints& part : found[m]) part = set_ints(offsets[m * x.blocks]);
+    }
+    for (int plane = 0; plane < kPlanes; ++plane) {
+      Ints parts[kRows][kTile];
+      for (auto& row : parts) {
+        for (Ints& part : row) part = set_ints(0);
+      }
+      for (int j = 0; j < 8; ++j) {
+        Bytes weights[kTile];
+        for (int v = 0; v < kTile; ++v) weights[v] = load_bytes(weight + (j * kTile + v) * kBytes);
+        for (int m = 0; m < kRows; ++m) {
+          const Bytes input = repeat_four(inputs + m * row_size + plane * x.plane_size + 4 * j);
+          for (int v = 0; v < kTile; ++v) {
+            parts[m][v] = add_products<kBits>(parts[m][v], weights[v], input);
+          }
+        }
+      }
+      for (int m = 0; m < kRows; ++m) {
+        for (int v = 0; v < kTile; ++v) {
+          const Ints part = whole_sum<kBits>(parts[m][v]);
+          found[m][v] = found[m][v] + (plane + 1 < kPlanes ? times_128(part) : part);
+        }
+      }
+    }
+    for (int v = 0; v < kTile; ++v) {
+      const Vec scale = load(tile.scales + (b * kTile + v) * kWidth);
+      for (int m = 0; m < kRows; ++m) {
+        sums[m][v] = fma(to_floats(found[m][v]) * scale, set(scales[m * x.blocks]), sums[m][v]);
+      }
+    }
+    inputs += kQuantBlock;
+    weight += 8 * kTile * kBytes;
+    ++scales;
+    ++offsets;
+  }
+}
+
+template <int kBits, int kPlanes, int kRows>
+void add_rows(const MatMulNBits& op, const QuantizedInputs& x, const WeightTile& tile, int64_t token,
+              int64_t output, int64_t block) {
+  Vec sums[kTileTokens][kTile];
+  const auto each_part = [&](auto body) {
+    for (int m = 0; m < kRows; ++m) {
+      for (int v = 0; v < kTile; ++v) {
+        const int64_t n = output + v * kWidth, left = op.outputs - n;
+        if (left > 0) body(op.y + (token + m) * op.outputs + n, left < kWidth ? left : kWidth, sums[m][v]);
+      }
+    }
+  };
+  for (auto& row : sums) {
+    for (Vec& part : row) part = set(0.0f);
+  }
+  if (block > 0) each_part([](float* y, int64_t count, Vec& part) { part = load_some(y, count); });
+  add_tile<kBits, kPlanes, kRows>(x, tile, token, block, sums);
+  each_part([](float* y, int64_t count, Vec& part) { store_some(y, part, count); });
+}
+
+template <int kBits, int kPlanes>
+void many_tokens(const MatMulNBits& op, const Pool& pool) {
+  const QuantizedInputs x(op, kPlanes, 1, pool);
+  constexpr int64_t kOutputs = kTile * kWidth;
+  const int64_t blocks = whole_groups(op.inputs, 1);
+  pool((op.outputs + kOutputs - 1) / kOutputs, [&](int64_t task) {
+    WeightTile tile;
+    const int64_t n = task * kOutputs;
+    for (int64_t b = 0; b < blocks; b += kChunk) {
+      tile.blocks = static_cast<int>(blocks - b < kChunk ? blocks - b : kChunk);
+      unpack_tile<kBits>(op, n, b, tile);
+      int64_t t = 0;
+      for (; t + kTileTokens <= op.tokens; t += kTileTokens) {
+        add_rows<kBits, kPlanes, kTileTokens>(op, x, tile, t, n, b);
+      }
+      switch (op.tokens - t) {
+        case 3: add_rows<kBits, kPlanes, 3>(op, x, tile, t, n, b); break;
+        case 2: add_rows<kBits, kPlanes, 2>(op, x, tile, t, n, b); break;
+        case 1: add_rows<kBits, kPlanes, 1>(op, x, tile, t, n, b); break;
+        default: break;
+      }
+    }
+  });
+}
+
+template <int kBits>
+void matmul_bits(const MatMulNBits& op, const Pool& pool) {
+  if (op.tokens == 1) {
+    one_token<kBits>(op, pool);
+  } else if (op.tokens <= kExactTokens || op.exact) {
+    many_tokens<kBits, 2>(op, pool);
+  } else {
+    many_tokens<kBits, 1>(op, pool);
+  }
+}
+
+void matmul_nbits(const MatMulNBits& op, const Pool& pool) {
+  if (op.bits == 4) {
+    matmul_bits<4>(op, pool);
+  } else {
+    matmul_bits<8>(op, pool);
+  }
+}
+
+}  // namespace sambay::SAMBAY_ISA
