@@ -15,7 +15,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-_PAUSE = 0.01  # seconds, for such a callback to come to its end
+_PAUSE = 0.05  # seconds, for such a callback to come to its end
 
 
 @contextlib.contextmanager
@@ -24,22 +24,28 @@ def keep_interrupts() -> Iterator[None]:
 
     For the main thread. Other dropped exceptions are reported as before.
     """
-    report, timers = sys.unraisablehook, list[threading.Timer]()
+    report, ended = sys.unraisablehook, threading.Event()
+
+    def interrupt() -> None:
+        if ended.wait(_PAUSE):
+            return
+        if hasattr(signal, "pthread_kill"):  # a signal ends a wait of the main thread, too
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+        else:
+            _thread.interrupt_main()
 
     def again(dropped: Any) -> None:
         if not issubclass(dropped.exc_type, KeyboardInterrupt):
             report(dropped)
             return
-        timer = threading.Timer(_PAUSE, _thread.interrupt_main)
-        timers.append(timer)
-        timer.start()
+        # Not threading.Thread: its start waits, and could be interrupted itself.
+        _thread.start_new_thread(interrupt, ())
 
     sys.unraisablehook = again
     try:
         yield
     finally:
-        for timer in timers:  # none may fire into what comes after
-            timer.join()
+        ended.set()
         sys.unraisablehook = report
 
 

@@ -1,0 +1,57 @@
+import signal
+import threading
+import time
+import weakref
+from types import SimpleNamespace
+
+import pytest
+
+from export.interrupts import hold_interrupts, keep_interrupts
+
+
+class Thing:
+    """Something a weak reference can point at."""
+
+
+def test_an_interrupt_in_the_callback_of_a_weak_reference_is_not_lost() -> None:
+    thing = Thing()
+    reference = weakref.ref(thing, lambda _: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt), keep_interrupts():  # noqa: PT012
+        del thing
+        assert reference() is None
+        time.sleep(10)
+
+
+def test_another_dropped_error_is_reported_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    reported: list[SimpleNamespace] = []
+    monkeypatch.setattr("sys.unraisablehook", reported.append)
+    thing = Thing()
+    reference = weakref.ref(thing, lambda _: 1 // 0)
+    with keep_interrupts():
+        del thing
+    assert reference() is None
+    assert [each.exc_type for each in reported] == [ZeroDivisionError]
+
+
+def test_a_held_interrupt_waits_for_the_end_of_the_block() -> None:
+    steps: list[str] = []
+    with pytest.raises(KeyboardInterrupt):  # noqa: PT012
+        with hold_interrupts():
+            signal.raise_signal(signal.SIGINT)
+            steps.append("the block went on")
+        steps.append("not what follows it")
+    assert steps == ["the block went on"]
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_interrupts_are_held_in_the_main_thread_only() -> None:
+    def hold() -> None:
+        with hold_interrupts():
+            found.append(signal.getsignal(signal.SIGINT))
+
+    found: list[object] = []
+    thread = threading.Thread(target=hold)
+    thread.start()
+    thread.join()
+    assert found == [signal.default_int_handler]
