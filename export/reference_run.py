@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -73,8 +73,12 @@ class ReferenceRun:
         return torch.zeros(shape), torch.zeros(shape)
 
     @torch.no_grad()
-    def logits(self, hidden: Tensor) -> Tensor:
-        """What final norm and head make of hidden [..., hidden]: float32 [..., vocab]."""
+    def logits(self, hidden: Tensor, change: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """What final norm and head make of hidden [..., hidden]: float32 [..., vocab].
+
+        Args:
+            change: of rows of the head, before they are used.
+        """
         tensors = self.checkpoint.tensors
         normed = functional.layer_norm(
             hidden,
@@ -85,7 +89,8 @@ class ReferenceRun:
         )
         logits = hidden.new_empty(*hidden.shape[:-1], self.config.vocab_size)
         for start, stop, rows in self._head():
-            logits[..., start:stop] = functional.linear(normed, rows)
+            used = rows if change is None else change(rows)
+            logits[..., start:stop] = functional.linear(normed, used)
         return logits
 
     def _head(self) -> Iterator[tuple[int, int, Tensor]]:

@@ -8,6 +8,7 @@ Source: com.microsoft.MatMulNBits, com.microsoft.GatherBlockQuantized and Dequan
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -99,10 +100,10 @@ def _compare(
     for start in range(0, count, step):
         stop = min(start + step, count)
         wanted = read_weight(source.rows(start, stop)).numpy().reshape(-1, width)
-        decoded = stored.rows(start, stop).reshape(-1, width)
-        if len(decoded) != len(wanted):
-            raise ValueError(f"{name} has {len(decoded)} rows, expected {len(wanted)}")
-        difference = decoded - wanted
+        decoded = stored.rows(start, stop).reshape(stop - start, -1)
+        if decoded.shape[1] < width:
+            raise ValueError(f"{name} has {decoded.shape[1]} columns, expected {width}")
+        difference = decoded[:, :width] - wanted  # a last block may reach beyond the row
         energies, noises = (np.einsum("ij,ij->i", a, a) for a in (wanted, difference))
         energy, noise = energy + float(energies.sum()), noise + float(noises.sum())
         largest = max(largest, float(np.abs(difference).max()))
@@ -208,19 +209,20 @@ def _linear(node: ir.Node) -> tuple[str, _Stored] | None:
     if data is None or scale is None or len(data.shape) == 0:
         return None
     axis, block = node.attributes.get_int("axis", 1), node.attributes.get_int("block_size", 0)
-    bits = int(data.dtype.bitwidth)
+    bits, name = int(data.dtype.bitwidth), str(node.inputs[0].name)  # type: ignore[union-attr]
 
-    def rows(start: int, stop: int) -> np.ndarray:
+    @functools.cache
+    def whole() -> np.ndarray:
         values = data.numpy().astype(np.float32)
         factor, middle = (
             np.float32(0) if each is None else _spread(each.numpy(), values.shape, axis, block)
             for each in (scale, zero)
         )
-        return _oriented(str(node.inputs[0].name), (values - middle) * factor)[start:stop]  # type: ignore[union-attr]
+        return _oriented(name, (values - middle) * factor)
 
     tensors = tuple(each for each in (data, scale, zero) if each is not None)
     label = f"{bits} bit, block {block}" if block else f"{bits} bit, per channel"
-    return str(node.inputs[0].name), _Stored(tensors, label, bits, rows)  # type: ignore[union-attr]
+    return name, _Stored(tensors, label, bits, lambda start, stop: whole()[start:stop])
 
 
 def _plain(name: str, tensor: ir.TensorProtocol) -> _Stored:

@@ -10,16 +10,18 @@ whole in memory. Exit status 1 says that a bound is exceeded, and a line says wh
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from rich.console import Console
 
 from export.bounds import layer_bound, token_bounds, weight_bounds
@@ -38,6 +40,7 @@ from runtime_py.tokenizer import Tokenizer
 CALIBRATION = "calibration.txt"  # beside a checkpoint's weights: text of the kind it knows
 TOKENS = 512  # of the text, at most
 RANDOM_TOKENS = 128
+_WIDE = 512  # below this width a second thread would only be waited for
 
 
 class VerifyError(ValueError):
@@ -51,7 +54,7 @@ class Settings:
     Attributes:
         text: a file; None takes the checkpoint's calibration.txt, else the text shipped here.
         tokens: of the text, at most.
-        threads: of ONNX Runtime; None lets it choose.
+        threads: of both models; None takes one for a small model, else what they choose.
         max_kl, min_top1: instead of the defaults of ``export.bounds``.
     """
 
@@ -77,7 +80,9 @@ def verify(path: Path, source: str | Path, settings: Settings, console: Console)
     begin = time.perf_counter()
     file = find_model(path)
     checkpoint = open_checkpoint(source)
-    package = SlicedPackage(file, library=library_path(), threads=settings.threads)
+    narrow = checkpoint.config.hidden_size < _WIDE
+    threads = settings.threads or (1 if narrow else None)
+    package = SlicedPackage(file, library=library_path(), threads=threads)
     if package.config != json.loads(checkpoint.config.to_json()):
         raise VerifyError(
             f"{file.parent} was exported from another model than {checkpoint.folder}: their sizes "
@@ -93,7 +98,8 @@ def verify(path: Path, source: str | Path, settings: Settings, console: Console)
         damaged = _changed_files(file.parent, stage)
         stage("comparing weights")
         weights, left_out = compare_weights(package.model, checkpoint)
-        measured = measure(checkpoint, package, samples, stage)
+        with _torch_threads(threads):
+            measured = measure(checkpoint, package, samples, stage)
     if left_out:
         notes.append(f"weights stored in another shape, not compared: {', '.join(left_out)}")
     bits = min((weight.bits for weight in weights if len(weight.shape) > 1), default=32)
@@ -120,6 +126,16 @@ def verify(path: Path, source: str | Path, settings: Settings, console: Console)
         seconds=time.perf_counter() - begin,
         peak_bytes=peak_bytes(),
     )
+
+
+@contextlib.contextmanager
+def _torch_threads(threads: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _random_tokens(checkpoint: Checkpoint) -> Sample:
@@ -210,7 +226,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("verification")
     group.add_argument("--text", type=Path, metavar="FILE", help="UTF-8 text to measure on")
     group.add_argument("--tokens", type=int, default=TOKENS, help=f"of it, at most ({TOKENS})")
-    group.add_argument("--threads", type=int, help="of ONNX Runtime")
+    group.add_argument("--threads", type=int, help="of one operator")
     group.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
     group.add_argument("--html", type=Path, metavar="FILE", help="write a page with plots")
     group.add_argument("--max-kl", type=float, metavar="NATS", help="bound on the text's mean KL")
