@@ -62,6 +62,11 @@ class Sequence:
         self._settle()
         return self._logits
 
+    @property
+    def state_bytes(self) -> int:
+        """Memory of the states, with the room they have for tokens to come."""
+        return self._buffers.state_bytes
+
     def step(
         self,
         ids: npt.ArrayLike,

@@ -143,6 +143,11 @@ class Buffers:
         """Tokens there is room for."""
         return self.mask.shape[1]
 
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of all arrays but the mask."""
+        return sum(array.nbytes for array in self.arrays)
+
     def grown(self, capacity: int, used: int) -> Buffers:
         """Buffers with more room; those that do not grow are shared with these."""
         return self._moved(capacity, used, share=True)

@@ -109,9 +109,13 @@ def runner(
     if kind == "torch":
         model = load_weights(open_checkpoint(golden)).eval()
         return lambda batch=1: TorchRun(model, batch, capacity)
+    return start_of(export(golden, "cpu-fp32", *options), kind)
+
+
+def start_of(package: Path, kind: str) -> Start:
+    """How to start a run of a package, with portable or with native operators."""
     if kind == "native" and library_path() is None:
         pytest.skip("the native operators were not built: needs a C++ compiler")
-    package = export(golden, "cpu-fp32", *options)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SAMBAY_NATIVE", "1" if kind == "native" else "0")
         session = Session(package, threads=2)
