@@ -7,14 +7,14 @@ COMMON = {"model_type": "phi4flash", "vocab_size": 97, "max_position_embeddings"
 
 SIZES: dict[str, tuple[str, dict[str, Any]]] = {
     # Widths that fill no block of 32, a dt_rank that is rounded up, two taps.
-    "6/2 heads": (
+    "4/4 heads": (
         "F32",
         {
             "hidden_size": 60,
             "intermediate_size": 90,
             "num_hidden_layers": 4,
-            "num_attention_heads": 6,
-            "num_key_value_heads": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
             "sliding_window": 5,
             "mamba_d_conv": 2,
             "layer_norm_eps": 1e-3,
@@ -36,7 +36,7 @@ SIZES: dict[str, tuple[str, dict[str, Any]]] = {
             "tie_word_embeddings": False,
         },
     ),
-    # Groups of five, five taps, an odd head size.
+    # Groups of five, an odd head size, five taps; one scan state, a window of the token itself.
     "10/2 heads": (
         "F16",
         {
@@ -45,25 +45,11 @@ SIZES: dict[str, tuple[str, dict[str, Any]]] = {
             "num_hidden_layers": 4,
             "num_attention_heads": 10,
             "num_key_value_heads": 2,
-            "sliding_window": 3,
-            "mamba_d_conv": 5,
-            "mamba_d_state": 8,
-            "layer_norm_eps": 1e-6,
-        },
-    ),
-    # The least of everything: one pair of heads, one scan state, a window of the token itself.
-    "2/2 heads": (
-        "F32",
-        {
-            "hidden_size": 18,
-            "intermediate_size": 7,
-            "num_hidden_layers": 4,
-            "num_attention_heads": 2,
-            "num_key_value_heads": 2,
             "sliding_window": 1,
+            "mamba_d_conv": 5,
             "mamba_d_state": 1,
             "mamba_expand": 1,
-            "tie_word_embeddings": False,
+            "layer_norm_eps": 1e-6,
         },
     ),
 }
