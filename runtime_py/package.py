@@ -13,6 +13,7 @@ from pathlib import Path
 import onnxruntime as ort
 
 from runtime_py.errors import InputError, PackageError
+from runtime_py.model_file import read_metadata_props
 from runtime_py.native import library_path
 
 MODEL_FILE, MANIFEST = "model.onnx", "manifest.json"
@@ -63,7 +64,7 @@ def open_model(
     Args:
         path: an existing file.
         threads: of one operator; None takes one a physical core.
-        providers: execution providers, best first; None takes the CPU.
+        providers: execution providers, best first; None takes the one the package was made for.
 
     Raises:
         InputError: threads is below 1, or a provider is not in this ONNX Runtime.
@@ -71,29 +72,46 @@ def open_model(
     """
     if threads is not None and threads < 1:
         raise InputError(f"threads is {threads}; give 1 or more")
-    for name in providers or ():
-        if name not in ort.get_available_providers():
-            known = ", ".join(ort.get_available_providers())
-            raise InputError(f"this ONNX Runtime has no provider {name!r}; it has {known}")
     _check_sizes(path)
+    told = read_metadata_props(path)
+    made_for = told.get("sambay.provider", CPU)
+    chosen = _choose_providers(path, providers, made_for, told.get("sambay.target", ""))
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads or _physical_cores()
     options.inter_op_num_threads = 1
     options.log_severity_level = 4  # an error arrives as an exception, told once
-    library = library_path() if set(providers or (CPU,)) == {CPU} else None
+    # It pins our operators to the CPU and knows the types of packages for the CPU.
+    library = library_path() if {*chosen, made_for} == {CPU} else None
     try:
-        if library is not None:  # pins our operators to the CPU, so not beside other providers
+        if library is not None:
             options.register_custom_ops_library(str(library))
-        return ort.InferenceSession(str(path), options, providers=list(providers or (CPU,)))
+        return ort.InferenceSession(str(path), options, providers=chosen)
     except Exception as error:  # ONNX Runtime's exceptions share no narrower base
         reason = " ".join(str(error).split())[:300]
-        raise PackageError(
-            f"{path} cannot be read as a model ({reason}); copy or export the package again"
-        ) from error
+        remedy = "copy or export the package again"
+        if made_for not in chosen:
+            remedy = f"it was made for {made_for}, not for {chosen[0]}"
+        raise PackageError(f"{path} cannot be read as a model ({reason}); {remedy}") from error
 
 
-def read_metadata(path: Path, model: ort.InferenceSession) -> tuple[Config, bool]:
-    """Sizes of the model, and whether it gives the logits of all tokens.
+def _choose_providers(path: Path, asked: Many[str] | None, made_for: str, target: str) -> list[str]:
+    """The providers asked for, or the one the package was made for; all must be there."""
+    available = ort.get_available_providers()
+    for name in asked or ():
+        if name not in available:
+            known = ", ".join(available)
+            raise InputError(f"this ONNX Runtime has no provider {name!r}; it has {known}")
+    if not asked and made_for not in available:
+        raise InputError(
+            f"{path.parent} was made for {made_for} (target {target}), and this ONNX Runtime has "
+            f"{', '.join(available)}: install the ONNX Runtime for it, export a cpu target, or ask "
+            f"for one of these providers (Session(..., providers=[{CPU!r}])), which may be slow"
+        )
+    return list(asked or dict.fromkeys((made_for, CPU)))
+
+
+def read_metadata(path: Path, model: ort.InferenceSession) -> tuple[Config, bool, int | None]:
+    """Sizes of the model, whether it gives all tokens' logits, most tokens of a run if limited.
 
     Raises:
         PackageError: the model is not one of ours, or is of another version.
@@ -114,11 +132,13 @@ def read_metadata(path: Path, model: ort.InferenceSession) -> tuple[Config, bool
         sizes = {field.name: told[field.name] for field in dataclasses.fields(Config)}
         sizes["eos_token_ids"] = tuple(int(token) for token in sizes["eos_token_ids"])
         all_logits = {"last": False, "all": True}[metadata["sambay.logits"]]
+        limit = metadata.get("sambay.max_tokens")
+        most = None if limit is None else int(limit)
     except (KeyError, TypeError, ValueError) as error:
         raise PackageError(
             f"{path}: metadata sambay.config or sambay.logits is incomplete ({error!r}); {AGAIN}"
         ) from error
-    return Config(**sizes), all_logits
+    return Config(**sizes), all_logits, most
 
 
 def fingerprint(path: Path) -> str:

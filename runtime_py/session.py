@@ -47,8 +47,8 @@ class Session:
         Args:
             path: the package folder or its ``model.onnx``.
             threads: of one operator; None takes one a physical core.
-            providers: ONNX Runtime execution providers, best first; None takes the CPU. States
-                live in the CPU's memory with each of them.
+            providers: ONNX Runtime execution providers, best first; None takes the one that the
+                package was made for. States live in the CPU's memory with each of them.
 
         Raises:
             PackageError: there is no model, it cannot be read, or it is none of ours.
@@ -56,7 +56,8 @@ class Session:
         """
         self.path = find_model(path)
         self.model = open_model(self.path, threads=threads, providers=providers)
-        self.config, self.all_logits = read_metadata(self.path, self.model)
+        self.config, self.all_logits, most = read_metadata(self.path, self.model)
+        self.chunk = min(self.chunk, most or self.chunk)
         self.states = find_states(self.model.get_inputs(), self.model.get_outputs())
         inputs = {value.name for value in self.model.get_inputs()}
         odd = inputs ^ {IDS, MASK, *(state.past for state in self.states)}
@@ -71,6 +72,9 @@ class Session:
         """Begin a sequence: ``batch`` rows of tokens, states all zero."""
         if batch < 1:
             raise InputError(f"batch is {batch}; give 1 or more")
+        fixed = next(value.shape[0] for value in self.model.get_inputs() if value.name == IDS)
+        if isinstance(fixed, int) and batch != fixed:
+            raise InputError(f"batch is {batch}; this package was made for {fixed}")
         return Sequence(self, self.buffers(batch, 0))
 
     def load(self, path: str | os.PathLike[str]) -> Sequence:

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from difflib import get_close_matches
 
-from targets import cpu
+from targets import cpu, cuda, directml, openvino, webgpu
 from targets.target import Target
 
-TARGETS: tuple[Target, ...] = cpu.TARGETS
+TARGETS: tuple[Target, ...] = (
+    *cpu.TARGETS,
+    *cuda.TARGETS,
+    *directml.TARGETS,
+    *openvino.TARGETS,
+    *webgpu.TARGETS,
+)
 DEFAULT = cpu.INT4
 
 

@@ -21,9 +21,14 @@ def with_cache(target: Target, cache: str) -> Target:
     """The target with caches of another element type.
 
     Raises:
-        ValueError: there is no such type.
+        ValueError: there is no such type, or the target's provider has no operators for it.
     """
     if cache not in CACHES:
         raise ValueError(f"unknown cache type {cache!r}: expected one of {', '.join(CACHES)}")
+    if cache == "int8" and not target.native:
+        raise ValueError(
+            f"caches of int8 have operators on the CPU only, and {target.name} is for "
+            f"{target.provider}: choose {target.cache}, its own, or a cpu target"
+        )
     passes = [apply for apply in target.passes if (apply,) not in CACHES.values()]
     return dataclasses.replace(target, cache=cache, passes=(*CACHES[cache], *passes))

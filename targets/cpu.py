@@ -10,17 +10,8 @@ from graph_passes.fold_weight_transposes import fold_weight_transposes
 from graph_passes.quantize_embedding import quantize_embedding
 from graph_passes.quantize_matmul import quantize_matmul
 from graph_passes.read_tied_head_in_place import read_tied_head_in_place
-from graph_passes.recipe import Rule
 from targets.target import CPU, Target
-
-# What steers the scan: small (1 % of the weights), and an error in a step size lasts.
-_SCAN_INPUTS: tuple[Rule, ...] = (("*.x_proj.*", None), ("*.dt_proj.*", None))
-
-# The two layers whose results every later layer reads: the memory, the shared keys and values.
-_SHARED_RESULTS: tuple[Rule, ...] = (
-    ("*.layers.{memory_layer}.attn.*", 8),
-    ("*.layers.{shared_layer}.attn.*", 8),
-)
+from targets.weights import SCAN_INPUTS, SHARED_RESULTS
 
 FP32 = Target(
     name="cpu-fp32",
@@ -41,7 +32,7 @@ INT8 = Target(
     passes=(
         cleanup,
         partial(quantize_embedding, bits=8, block_size=32),
-        partial(quantize_matmul, bits=8, block_size=32, rules=_SCAN_INPUTS),
+        partial(quantize_matmul, bits=8, block_size=32, rules=SCAN_INPUTS),
         fold_weight_casts,
         fold_weight_transposes,
     ),
@@ -54,7 +45,7 @@ INT4 = Target(
     passes=(
         cleanup,
         partial(quantize_embedding, bits=8, block_size=32),
-        partial(quantize_matmul, bits=4, block_size=32, rules=_SCAN_INPUTS + _SHARED_RESULTS),
+        partial(quantize_matmul, bits=4, block_size=32, rules=SCAN_INPUTS + SHARED_RESULTS),
         fold_weight_casts,
         fold_weight_transposes,
     ),

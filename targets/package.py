@@ -70,6 +70,7 @@ def write_package(
     """
     model = model.clone()
     model.metadata_props["sambay.target"] = target.name
+    model.metadata_props["sambay.provider"] = target.provider
     with complete_folder(destination, force=force, size=package_size(model)) as folder:
         if extra_files is not None:  # first: a damaged tokenizer must not cost the weights' minutes
             extra_files(folder)

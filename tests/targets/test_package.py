@@ -23,7 +23,7 @@ FACTS = {"name": "tiny", "parameters": 42}
 
 def run(path: Path) -> np.ndarray:
     session = onnxruntime.InferenceSession(str(path))
-    ids = np.arange(6).reshape(2, 3) * 5
+    ids = np.arange(6).reshape(1, 6) * 5
     return session.run(["logits"], {"input_ids": ids})[0]
 
 
@@ -94,7 +94,8 @@ def test_the_target_is_written_into_the_model_and_the_argument_unchanged(
     package = write_package(model, tmp_path / "package", target=DEFAULT, facts=FACTS)
     session = onnxruntime.InferenceSession(str(package / "model.onnx"))
     metadata = session.get_modelmeta().custom_metadata_map
-    assert metadata == model.metadata_props | {"sambay.target": DEFAULT.name}
+    made_for = {"sambay.target": DEFAULT.name, "sambay.provider": DEFAULT.provider}
+    assert metadata == model.metadata_props | made_for
     assert "sambay.target" not in model.metadata_props
     for name, value in model.graph.initializers.items():
         assert value.const_value is tensors[name]

@@ -1,0 +1,43 @@
+"""How weights are stored, whatever runs them: parts that recipes share."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from graph_passes.fold_weight_casts import fold_weight_casts
+from graph_passes.fold_weight_transposes import fold_weight_transposes
+from graph_passes.pipeline import Pass
+from graph_passes.quantize_embedding import quantize_embedding
+from graph_passes.quantize_matmul import quantize_matmul
+from graph_passes.read_tied_head_in_place import read_tied_head_in_place
+from graph_passes.recipe import Rule
+
+# What steers the scan: small (1 % of the weights), and an error in a step size lasts.
+SCAN_INPUTS: tuple[Rule, ...] = (("*.x_proj.*", None), ("*.dt_proj.*", None))
+
+# The two layers whose results every later layer reads: the memory, the shared keys and values.
+SHARED_RESULTS: tuple[Rule, ...] = (
+    ("*.layers.{memory_layer}.attn.*", 8),
+    ("*.layers.{shared_layer}.attn.*", 8),
+)
+
+UNQUANTIZED: tuple[Pass, ...] = (
+    fold_weight_casts,
+    read_tied_head_in_place,
+    fold_weight_transposes,
+)
+
+# Products in the activations' own type: what a GPU computes fastest. Symmetric blocks of 32 with
+# scales [rows, blocks] are the form that every provider's kernels take.
+INT4: tuple[Pass, ...] = (
+    partial(quantize_embedding, bits=8, block_size=32, accuracy_level=0),
+    partial(
+        quantize_matmul,
+        bits=4,
+        block_size=32,
+        accuracy_level=0,
+        rules=SCAN_INPUTS + SHARED_RESULTS,
+    ),
+    fold_weight_casts,
+    fold_weight_transposes,
+)
