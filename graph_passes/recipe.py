@@ -74,13 +74,19 @@ class Recipe:
 
     Attributes:
         default: of the linear layers that no rule names.
-        embedding: of the embedding and the head tied to it.
+        embedding: of the embedding and the head tied to it; None leaves them as they are.
         rules: patterns in order, the first that matches decides.
     """
 
     default: WeightFormat = WeightFormat()
-    embedding: WeightFormat = WeightFormat(bits=8)
+    embedding: WeightFormat | None = WeightFormat(bits=8)
     rules: tuple[Rule, ...] = ()
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether any weight is quantized by what its layer is fed on a text."""
+        formats = [self.default, *(storage for _, storage in self.rules)]
+        return any(isinstance(each, WeightFormat) and each.quantizer == "gptq" for each in formats)
 
     def with_quantizer(self, quantizer: str) -> Recipe:
         """The same bits and blocks found by another quantizer.
@@ -95,10 +101,11 @@ class Recipe:
             return dataclasses.replace(storage, quantizer=quantizer)
 
         # The embedding is looked up, not multiplied by: calibration says nothing of its inputs.
-        embedding = "search" if quantizer == "gptq" else quantizer
+        looked_up = "search" if quantizer == "gptq" else quantizer
+        embedding = self.embedding
         return Recipe(
             default=dataclasses.replace(self.default, quantizer=quantizer),
-            embedding=dataclasses.replace(self.embedding, quantizer=embedding),
+            embedding=embedding and dataclasses.replace(embedding, quantizer=looked_up),
             rules=tuple((pattern, changed(storage)) for pattern, storage in self.rules),
         )
 
@@ -107,7 +114,7 @@ class Recipe:
         rules = {pattern: _described(self.default, storage) for pattern, storage in self.rules}
         return {
             "default": dataclasses.asdict(self.default),
-            "embedding": dataclasses.asdict(self.embedding),
+            "embedding": self.embedding and dataclasses.asdict(self.embedding),
             "rules": rules,
         }
 
@@ -123,7 +130,9 @@ def recipe_from_json(contents: Mapping[str, Any]) -> Recipe:
     _check_keys("a recipe", contents, ("default", "embedding", "rules"))
     default = _format("default", contents.get("default", {}), WeightFormat())
     basis = dataclasses.replace(default, bits=8, zero_points=False)
-    embedding = _format("embedding", contents.get("embedding", {}), basis)
+    embedding = contents.get("embedding", {})
+    if embedding is not None:
+        embedding = _format("embedding", embedding, basis)
     rules = contents.get("rules", {})
     if not isinstance(rules, Mapping):
         raise ValueError(f"'rules' is {type(rules).__name__}, expected an object of patterns")

@@ -15,7 +15,8 @@ MAY_IMPORT = {
     "targets": {"targets", "graph_passes"},
     "runtime_py": {"runtime_py"},
 }
-JOINS = {"export/cli.py", "export/verify.py"}  # the modules that join the packages
+# the modules that join the packages
+JOINS = {"export/cli.py", "export/placement.py", "export/quantization.py", "export/verify.py"}
 HEAVY = {"torch", "onnx", "onnx_ir", "onnxscript", "ml_dtypes", "transformers"}
 FORBIDDEN = {"graph_passes": {"torch"}, "targets": {"torch"}, "runtime_py": HEAVY}
 

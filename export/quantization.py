@@ -1,0 +1,119 @@
+"""How weights are quantized, as told on the command line; joins the packages for ``phi4export``."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from export.calibration import Calibration, CalibrationError, collect, read_text
+from export.checkpoint import Checkpoint
+from export.tokenizer import write_tokenizer
+from graph_passes.recipe import Recipe, recipe_from_json
+from runtime_py.tokenizer import Tokenizer
+from targets.recipes import recipe_of, with_recipe
+from targets.target import Target
+
+TEXT = "quantization.txt"  # beside a checkpoint's weights: what to calibrate on, if nothing is told
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantization:
+    """What the command line says.
+
+    Attributes:
+        recipe: JSON file, see ``graph_passes.recipe``; None keeps the target's.
+        quantizer: for all weights; None keeps the recipe's.
+        calibration: text to calibrate on; None takes the checkpoint's own.
+        folder: where calibration is kept; None forgets it at the end.
+    """
+
+    recipe: Path | None
+    quantizer: str | None
+    calibration: Path | None
+    folder: Path | None
+
+    @property
+    def told(self) -> bool:
+        """Whether anything is."""
+        return any(vars(self).values())
+
+
+@contextlib.contextmanager
+def quantized_as_told(
+    target: Target,
+    told: Quantization,
+    checkpoint: Checkpoint,
+    progress: Callable[[str], object],
+) -> Iterator[Target]:
+    """The target with its weights quantized as the command line says.
+
+    The calibration that it reads is there until the context ends.
+
+    Args:
+        progress: told what is being done.
+
+    Raises:
+        ValueError: a recipe, a quantizer or a calibration text that cannot be used; or a target
+            that stores its weights in full.
+    """
+    recipe = _recipe(target, told)
+    if recipe is None or not recipe.calibrated:
+        for option, value in (("", told.calibration), ("-cache", told.folder)):
+            if value is not None:
+                raise CalibrationError(
+                    f"--calibration{option} {value} would not be used: only the quantizer gptq "
+                    "calibrates, so add --quantizer gptq"
+                )
+        yield target if recipe is None else with_recipe(target, recipe)
+        return
+    with contextlib.ExitStack() as stack:
+        folder = told.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        calibration = _calibrate(checkpoint, told.calibration, folder, progress)
+        yield with_recipe(target, recipe, calibration)
+
+
+def _recipe(target: Target, told: Quantization) -> Recipe | None:
+    recipe = recipe_of(target)
+    if told.recipe is not None:
+        try:
+            recipe = recipe_from_json(json.loads(told.recipe.read_text(encoding="utf-8")))
+        except OSError as error:
+            raise ValueError(f"recipe {told.recipe} cannot be read: {error.strerror}") from error
+        except ValueError as error:
+            raise ValueError(f"recipe {told.recipe}: {error}") from error
+    if told.quantizer is not None:
+        recipe = (recipe or Recipe()).with_quantizer(told.quantizer)
+    return recipe
+
+
+def _calibrate(
+    checkpoint: Checkpoint, text: Path | None, folder: Path, progress: Callable[[str], object]
+) -> Calibration:
+    if text is None:
+        text = checkpoint.folder / TEXT
+        if not text.is_file():
+            raise CalibrationError(
+                "the quantizer gptq needs text of the kind the model is for: give a UTF-8 file of "
+                f"some 50 KB as --calibration FILE, or put one at {text}"
+            )
+    contents = read_text(text)
+    with tempfile.TemporaryDirectory() as scratch:
+        write_tokenizer(checkpoint.folder, Path(scratch))
+        if not (Path(scratch) / "tokenizer.json").is_file():
+            raise CalibrationError(
+                f"{checkpoint.folder} has no tokenizer, and calibration needs one: put the "
+                "published tokenizer files there"
+            )
+        ids = Tokenizer(Path(scratch)).encode(contents)
+    layers, done = checkpoint.config.num_hidden_layers, 0
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        progress(f"calibrating: {done} of {layers} layers")
+
+    return collect(checkpoint, ids, folder, progress=advance)
