@@ -22,6 +22,7 @@ TYPES = {
     torch.int8: onnx.TensorProto.INT8,
     torch.int64: onnx.TensorProto.INT64,
 }
+# Those of them that end in _vnni or _dot differ in the quantized product alone.
 ISAS = ("portable", "neon", "avx2", "avx512")
 Kind = tuple[torch.dtype, int | None]  # of a tensor: dtype and rank, None for any rank
 
