@@ -16,7 +16,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 SCRIPTS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["scripts"]
-FOLDERS = "export|graph_passes|targets|runtime_py|kernels|tests|docs|benchmarks|reference_model"
+FOLDERS = (
+    "export|graph_passes|targets|runtime_py|kernels|tests|docs|benchmarks|examples|reference_model"
+)
 BUILT = {"runtime_py/_sambay_ops.so", "benchmarks/results/"}
 
 FENCE = re.compile(r"^```([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)

@@ -22,9 +22,10 @@ export async function openModel(folder, provider) {
   return { ort, session, genai, provider };
 }
 
-/** The provider to take: the graphics processor where the browser has one. */
+/** The provider to take: the graphics processor where the browser has one that knows float16. */
 export async function bestProvider() {
-  return (await navigator.gpu?.requestAdapter()) ? "webgpu" : "wasm";
+  const adapter = await navigator.gpu?.requestAdapter();
+  return adapter?.features.has("shader-f16") ? "webgpu" : "wasm";
 }
 
 export async function fetchJson(address) {
