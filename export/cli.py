@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.metadata
 import os
 import sys
@@ -27,6 +28,7 @@ from export.interrupts import hold_interrupts, keep_interrupts
 
 if TYPE_CHECKING:
     from export.checkpoint import Checkpoint
+    from export.quantization import Quantization
     from targets.target import Target
 
 REFERENCE = Path(__file__).parent / "reference"
@@ -120,6 +122,24 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="for evaluation: logits of every token and the output of every layer; slower prefill",
     )
     parser.add_argument(
+        "--quantizer",
+        metavar="NAME",
+        help="how the bits of weights are found: rtn (round to nearest), search (the default), "
+        "gptq (calibrated: best, slowest)",
+    )
+    parser.add_argument(
+        "--recipe", type=Path, metavar="FILE", help="JSON: bits, blocks, quantizer by weight"
+    )
+    parser.add_argument(
+        "--calibration", type=Path, metavar="FILE", help="UTF-8 text for gptq, some 50 KB"
+    )
+    parser.add_argument(
+        "--calibration-cache",
+        type=Path,
+        metavar="DIR",
+        help="keep what gptq learns from it here; an interrupted calibration goes on",
+    )
+    parser.add_argument(
         "--inspect", action="store_true", help="describe the checkpoint from its headers, then stop"
     )
     parser.add_argument("--list-targets", action="store_true", help="print the targets, then stop")
@@ -180,6 +200,11 @@ def _export(options: argparse.Namespace, console: Console) -> None:
     destination = options.output or Path(f"{name}-{target.name}")
     # First of all: to fetch a checkpoint from the hub may take an hour.
     check_destination(destination, force=options.force)
+    told = _quantization(options)
+    if told is not None:
+        from export.quantization import check
+
+        check(target, told)
     checkpoint = open_checkpoint(source)
     package = _write(checkpoint, name, target, destination, options, console)
     size = sum(file.stat().st_size for file in package.iterdir())
@@ -189,6 +214,18 @@ def _export(options: argparse.Namespace, console: Console) -> None:
         f"{time.perf_counter() - begin:.0f} s, {_peak_memory()}"
     )
     console.print(f"talk with it: python -m runtime_py.chat {shown}")
+
+
+def _quantization(options: argparse.Namespace) -> Quantization | None:
+    """What is told about quantization, if anything."""
+    told = (options.recipe, options.quantizer, options.calibration, options.calibration_cache)
+    if not any(told):
+        return None
+    with hold_interrupts():  # torch
+        from export.quantization import Quantization
+
+    recipe, quantizer, calibration, folder = told
+    return Quantization(recipe=recipe, quantizer=quantizer, calibration=calibration, folder=folder)
 
 
 def _write(
@@ -207,7 +244,7 @@ def _write(
         from targets.package import GENAI, package_size, write_package
 
     notes = [_introduction()] if options.checkpoint is None else []
-    with _progress(console) as progress:
+    with _progress(console) as progress, contextlib.ExitStack() as stack:
 
         def stage(text: str, total: int | None = None) -> Callable[[int], None]:
             for task in progress.tasks:
@@ -223,8 +260,13 @@ def _write(
             )
         stage("tracing the graph")
         with hold_interrupts():  # torch
+            from export.quantization import quantized_as_told
             from export.trace import trace
 
+        told = _quantization(options)
+        if told is not None:
+            target = stack.enter_context(quantized_as_told(target, told, checkpoint, stage))
+            stage("tracing the graph")
         model = trace(checkpoint, all_logits=options.all_logits)
         stage(f"shaping it for {target.name}")
         model = run_passes(model, target.passes)

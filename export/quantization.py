@@ -36,10 +36,18 @@ class Quantization:
     calibration: Path | None
     folder: Path | None
 
-    @property
-    def told(self) -> bool:
-        """Whether anything is."""
-        return any(vars(self).values())
+
+def check(target: Target, told: Quantization) -> None:
+    """Refuse what cannot be used, before any work is spent.
+
+    Raises:
+        ValueError: as ``quantized_as_told``.
+    """
+    recipe = _recipe(target, told)
+    if recipe is not None:
+        with_recipe(target, recipe)
+    if told.calibration is not None:
+        read_text(told.calibration)
 
 
 @contextlib.contextmanager
@@ -62,12 +70,6 @@ def quantized_as_told(
     """
     recipe = _recipe(target, told)
     if recipe is None or not recipe.calibrated:
-        for option, value in (("", told.calibration), ("-cache", told.folder)):
-            if value is not None:
-                raise CalibrationError(
-                    f"--calibration{option} {value} would not be used: only the quantizer gptq "
-                    "calibrates, so add --quantizer gptq"
-                )
         yield target if recipe is None else with_recipe(target, recipe)
         return
     with contextlib.ExitStack() as stack:
@@ -87,6 +89,12 @@ def _recipe(target: Target, told: Quantization) -> Recipe | None:
             raise ValueError(f"recipe {told.recipe}: {error}") from error
     if told.quantizer is not None:
         recipe = (recipe or Recipe()).with_quantizer(told.quantizer)
+    for option, value in (("", told.calibration), ("-cache", told.folder)):
+        if value is not None and (recipe is None or not recipe.calibrated):
+            raise CalibrationError(
+                f"--calibration{option} {value} would not be used: only the quantizer gptq "
+                "calibrates, so add --quantizer gptq"
+            )
     return recipe
 
 
