@@ -32,7 +32,7 @@ struct Options {
 
 // Sizes and end tokens, from the model's metadata.
 struct Facts {
-  int64_t window = 0, vocabulary = 0;
+  int64_t window, vocabulary, most;  // most tokens of one call
   std::vector<int64_t> ends;
 };
 
@@ -74,14 +74,16 @@ std::vector<int64_t> numbers(const std::string& json, const std::string& key) {
   return result;
 }
 
-Facts read_facts(const Ort::Session& session) {
+Facts read_facts(const Ort::Session& session, int64_t room) {
   Ort::AllocatorWithDefaultOptions allocator;
   const auto metadata = session.GetModelMetadata();
   const auto config = metadata.LookupCustomMetadataMapAllocated("sambay.config", allocator);
   if (!config) throw std::runtime_error("this model was not written by phi4export");
   const std::string json = config.get();
+  // Packages for some providers take so many tokens in one call at most.
+  const auto most = metadata.LookupCustomMetadataMapAllocated("sambay.max_tokens", allocator);
   return {numbers(json, "sliding_window").at(0), numbers(json, "vocab_size").at(0),
-          numbers(json, "eos_token_ids")};
+          most ? std::stoll(most.get()) : room, numbers(json, "eos_token_ids")};
 }
 
 Ort::Session open(const Ort::Env& env, const Options& options) {
@@ -127,7 +129,7 @@ std::deque<std::vector<uint8_t>> bind_states(const Ort::Session& session, const 
 }
 
 void decode(Ort::Session& session, const Options& options) {
-  const Facts facts = read_facts(session);
+  const Facts facts = read_facts(session, options.room);
   Ort::IoBinding binding(session);
   const auto states = bind_states(session, options, facts, binding);
   const auto cpu = Ort::MemoryInfo::CreateCpu(OrtArenaAllocator, OrtMemTypeDefault);
@@ -143,12 +145,16 @@ void decode(Ort::Session& session, const Options& options) {
   std::vector<int64_t> ids = options.prompt;
   int64_t length = 0;
   while (length + static_cast<int64_t>(ids.size()) <= options.room) {
-    std::fill_n(mask.begin() + length, ids.size(), 1);
-    const std::vector<int64_t> shape{1, static_cast<int64_t>(ids.size())};
-    binding.BindInput("input_ids", Ort::Value::CreateTensor<int64_t>(cpu, ids.data(), ids.size(),
-                                                                     shape.data(), 2));
-    session.Run(Ort::RunOptions{}, binding);
-    length += shape[1];
+    const auto end = length + static_cast<int64_t>(ids.size());
+    for (int64_t* piece = ids.data(); length < end;) {
+      const int64_t shape[] = {1, std::min(facts.most, end - length)};
+      std::fill_n(mask.begin() + length, shape[1], 1);
+      binding.BindInput("input_ids",
+                        Ort::Value::CreateTensor<int64_t>(cpu, piece, shape[1], shape, 2));
+      session.Run(Ort::RunOptions{}, binding);
+      length += shape[1];
+      piece += shape[1];
+    }
     const auto best = std::max_element(logits.begin(), logits.end());
     ids = {std::distance(logits.begin(), best)};
     std::cout << ids[0] << std::endl;

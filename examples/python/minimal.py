@@ -18,7 +18,9 @@ DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(in
 def answer(package: Path, question: str, room: int = 512) -> Iterator[int]:
     """Tokens of an answer, its end token last; prompt and answer have `room` tokens together."""
     session = ort.InferenceSession(package / "model.onnx", providers=["CPUExecutionProvider"])
-    facts = json.loads(session.get_modelmeta().custom_metadata_map["sambay.config"])
+    metadata = session.get_modelmeta().custom_metadata_map
+    facts = json.loads(metadata["sambay.config"])
+    most = int(metadata.get("sambay.max_tokens", room))  # in one call
     tokenizer = Tokenizer.from_file(str(package / "tokenizer.json"))
     sizes = {"batch": 1, "window": facts["sliding_window"], "capacity": room}
 
@@ -39,10 +41,12 @@ def answer(package: Path, question: str, room: int = 512) -> Iterator[int]:
     prompt = f"<|user|>{question}<|end|><|assistant|>"
     ids, length = tokenizer.encode(prompt, add_special_tokens=False).ids, 0
     while length + len(ids) <= room:
-        mask[:, length : length + len(ids)] = 1
-        binding.bind_cpu_input("input_ids", np.array([ids], np.int64))
-        session.run_with_iobinding(binding)
-        length, ids = length + len(ids), [int(logits[0, 0].argmax())]
+        for piece in (ids[i : i + most] for i in range(0, len(ids), most)):
+            mask[:, length : length + len(piece)] = 1
+            binding.bind_cpu_input("input_ids", np.array([piece], np.int64))
+            session.run_with_iobinding(binding)
+            length += len(piece)
+        ids = [int(logits[0, 0].argmax())]
         yield ids[0]
         if ids[0] in facts["eos_token_ids"]:
             return

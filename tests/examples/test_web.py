@@ -52,7 +52,7 @@ def ask(page: Page, question: str) -> str:
 @pytest.mark.parametrize("target", PACKAGES)
 def test_it_answers_turn_by_turn_as_our_runtime_does(page: Page, export, target: str) -> None:
     package = export(None, target)
-    chat = Conversation(Session(package, threads=1))
+    chat = Conversation(Session(package, threads=1, providers=["CPUExecutionProvider"]))
     with served(package) as address:
         page.open(address)
         page.wait("#send")
