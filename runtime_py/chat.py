@@ -224,6 +224,16 @@ def _speak_utf8() -> None:
                 stream.reconfigure(encoding="utf-8", errors=handling)
 
 
+def _text(argument: str) -> str:
+    """An argument in UTF-8, also where the locale (C, often) has left its bytes undecoded."""
+    try:
+        argument.encode("utf-8")
+    except UnicodeEncodeError:
+        with suppress(UnicodeError):
+            return os.fsencode(argument).decode("utf-8")
+    return argument
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """One line, as every other error."""
@@ -239,8 +249,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("package", help="the package folder or its model.onnx")
-    add("--prompt", metavar="TEXT", help="answer this on stdout and exit; - reads it from stdin")
-    add("--system", metavar="TEXT", help="what the model is told before the first question")
+    add(
+        "--prompt",
+        type=_text,
+        metavar="TEXT",
+        help="answer this on stdout and exit; - reads it from stdin",
+    )
+    add(
+        "--system",
+        type=_text,
+        metavar="TEXT",
+        help="what the model is told before the first question",
+    )
     add(
         "--temperature",
         type=float,
