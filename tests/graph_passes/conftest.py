@@ -120,10 +120,17 @@ def traced(tmp_path: Path) -> Callable[..., ir.Model]:
     return make
 
 
-def run(model: ir.Model, seed: int = 0) -> dict[str, np.ndarray]:
-    """Outputs by name of one call in ONNX Runtime, on inputs that depend on the seed."""
+def run(model: ir.Model, seed: int = 0, *, as_written: bool = False) -> dict[str, np.ndarray]:
+    """Outputs by name of one call in ONNX Runtime, on inputs that depend on the seed.
+
+    Args:
+        as_written: no optimizations: they may compute a dequantized MatMul in int8.
+    """
+    options = onnxruntime.SessionOptions()
+    if as_written:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = onnxruntime.InferenceSession(
-        ir.to_proto(with_weights_inside(model)).SerializeToString()
+        ir.to_proto(with_weights_inside(model)).SerializeToString(), options
     )
     rng = np.random.default_rng(seed)
     inputs = {

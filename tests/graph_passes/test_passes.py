@@ -17,6 +17,7 @@ from graph_passes.fold_weight_transposes import fold_weight_transposes
 from graph_passes.pipeline import Pass, describe_pass, run_passes
 from graph_passes.quantize_embedding import quantize_embedding
 from graph_passes.quantize_matmul import quantize_matmul
+from graph_passes.quantize_matmul_channels import quantize_matmul_channels
 from graph_passes.read_tied_head_in_place import read_tied_head_in_place
 from graph_passes.recipe import WeightFormat
 
@@ -30,6 +31,8 @@ LOSSY: tuple[Pass, ...] = (
     partial(quantize_embedding, bits=8, block_size=32),
     partial(quantize_matmul, bits=4, block_size=32),
     partial(quantize_matmul, bits=8, block_size=16, rules=(("*.x_proj.*", None),)),
+    partial(quantize_matmul, bits=4, block_size=128, zero_points=True, quantizer="rtn"),
+    quantize_matmul_channels,
 )
 FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 Make = Callable[..., ir.Model]
@@ -251,3 +254,33 @@ def test_passes_are_announced_as_one_would_write_them(traced: Make) -> None:
     told: list[str] = []
     run_passes(traced(), [cleanup, LOSSY[1]], on_pass=told.append)
     assert told == ["cleanup", "quantize_matmul(bits=4, block_size=32)"]
+
+
+@pytest.mark.parametrize("quantizer", ["rtn", "search"])
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_channels_compute_with_weights_half_a_step_away(
+    traced: Make, run_model: Run, dtype: ir.DataType, quantizer: str
+) -> None:
+    model = cleanup(traced(dtype, tied=False))
+    result = quantize_matmul_channels(model, quantizer=quantizer)
+    assert operators(result)["DequantizeLinear"] == operators(model)["MatMul"]
+    stored = {name: value.const_value for name, value in result.graph.initializers.items()}
+    expected = run_passes(model, EXACT[:2])
+    for name, value in expected.graph.initializers.items():
+        if f"{name}.int8" not in stored:
+            continue
+        values = stored[f"{name}.int8"].numpy().T
+        scales = stored[f"{name}.channel_scales"].numpy()[:, None]
+        error = np.abs(values * scales - value.const_value.numpy())
+        assert (error <= scales / 2 * 1.001)[np.abs(values) < 127].all()
+        value.const_value = ir.Tensor(values * scales, name=name)
+    assert_close(run_model(result, as_written=True), run_model(expected))
+
+
+def test_a_channel_has_8_bits_or_its_floats(traced: Make) -> None:
+    result = quantize_matmul_channels(traced(), rules=(("*.x_proj.*", None),))
+    assert "model.layers.1.attn.x_proj.weight" in result.graph.initializers
+    with pytest.raises(ValueError, match=r"expected 8 bits or None"):
+        quantize_matmul_channels(traced(), rules=(("*.x_proj.*", 4),))
+    with pytest.raises(ValueError, match="expected rtn or search"):
+        quantize_matmul_channels(traced(), quantizer="gptq")
