@@ -36,11 +36,13 @@ _WIDEST = 10_000  # columns
 
 EXAMPLES = """\
 examples:
-  phi4export                                   export the small model that comes with this program
-  phi4export --checkpoint ./Phi-4-mini-flash-reasoning
-  phi4export --checkpoint microsoft/Phi-4-mini-flash-reasoning --target cpu-int8 -o package
+  phi4export -o demo                           export the small model that comes with this program
+  python -m runtime_py.chat demo               talk with the result
+  phi4export --checkpoint ./checkpoint         a folder in Hugging Face layout
   phi4export --checkpoint ./checkpoint --inspect
-  python -m runtime_py.chat package            talk with the result
+                                               its layers, sizes and memory; writes nothing
+  phi4export --checkpoint microsoft/Phi-4-mini-flash-reasoning --target cpu-int8 -o phi4-flash
+                                               from the hub, with 8-bit weights
 
 A package is a folder that Python programs, ONNX Runtime and ONNX Runtime GenAI load as it is.
 """
@@ -100,9 +102,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         metavar="DIR|ID",
         help="folder in Hugging Face layout, or a hub id; default: the small model shipped inside",
     )
-    parser.add_argument("--target", help="what the package runs on; see --list-targets (cpu-int4)")
+    parser.add_argument("--target", help="see --list-targets (default: cpu-int4)")
     parser.add_argument(
-        "-o", "--output", type=Path, metavar="DIR", help="package folder (./<checkpoint>-<target>)"
+        "-o", "--output", type=Path, metavar="DIR", help="default: ./<checkpoint>-<target>"
     )
     parser.add_argument(
         "--cache",
@@ -171,13 +173,18 @@ def _print(result: RenderableType) -> None:
     if not console.is_terminal:
         console.width = _WIDEST
         console.width = console.measure(result).maximum
-    try:
+    with console.capture() as shown:
         console.print(result)
-        console.file.flush()
-    except BrokenPipeError:  # the reader has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if sys.stdout is None:  # the command was started without
+        return
+    try:
+        sys.stdout.write(shown.get())
+        sys.stdout.flush()
     except OSError as error:
-        raise OSError(f"cannot write to stdout: {error.strerror}") from error
+        # What is still buffered goes nowhere, so that the exit does not complain again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):  # its reader has seen enough
+            raise OSError(f"cannot write to stdout: {error.strerror}") from error
 
 
 def _source(options: argparse.Namespace) -> str | Path:

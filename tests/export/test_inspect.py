@@ -7,6 +7,7 @@ import pytest
 from rich.console import Console
 
 from export.checkpoint import INDEX_FILE, open_checkpoint
+from export.cli import main as phi4export
 from export.config import read_config
 from export.inspect import DEPTHS, describe, state_bytes
 from export.tensors import expected_tensors
@@ -63,6 +64,19 @@ def test_the_published_shape_has_434_tensors_and_7706608640_bytes(published: Pat
     assert "434 tensors" in text
     assert "7706608640 bytes" in text
     assert "3852562944 parameters" in text
+
+
+def test_the_command_describes_it_from_its_headers(
+    published: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert phi4export(["--checkpoint", str(published), "--inspect"]) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith("434 tensors, 7706608640 bytes (BF16, F32)\n3852562944 parameters in 32 ")
+    assert err == ""
+    with (published / "part.safetensors").open("ab") as file:
+        file.write(b"more")
+    assert phi4export(["--checkpoint", str(published), "--inspect"]) == 2
+    assert "longer than its header says" in capsys.readouterr().err
 
 
 def test_every_layer_is_shown_with_its_kind() -> None:
