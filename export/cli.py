@@ -173,18 +173,14 @@ def _print(result: RenderableType) -> None:
     if not console.is_terminal:
         console.width = _WIDEST
         console.width = console.measure(result).maximum
-    with console.capture() as shown:
-        console.print(result)
-    if sys.stdout is None:  # the command was started without
-        return
     try:
-        sys.stdout.write(shown.get())
-        sys.stdout.flush()
+        console.print(result)
+    except SystemExit:
+        return  # so rich leaves when the reader of a pipe has; that is no fault
     except OSError as error:
         # What is still buffered goes nowhere, so that the exit does not complain again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if not isinstance(error, BrokenPipeError):  # its reader has seen enough
-            raise OSError(f"cannot write to stdout: {error.strerror}") from error
+        raise OSError(f"cannot write to stdout: {error.strerror}") from error
 
 
 def _source(options: argparse.Namespace) -> str | Path:
