@@ -19,12 +19,25 @@ PACKAGES = [t.name for t in TARGETS if t.name in ("cpu-fp32", "cpu-int4", "webgp
 pytestmark = pytest.mark.web
 
 
-@pytest.fixture(scope="module")
-def page() -> Iterator[Page]:
+SOFTWARE_ADAPTER = (
+    "--enable-unsafe-webgpu",
+    "--use-webgpu-adapter=swiftshader",
+    "--enable-features=Vulkan",
+)
+
+
+@contextmanager
+def chromium(*arguments: str) -> Iterator[Page]:
     binary, driver = shutil.which("chromium"), shutil.which("chromedriver")
     if not binary or not driver or not (WEB / "node_modules").exists():
         pytest.skip("needs Chromium, its driver and npm packages: see CONTRIBUTING.md")
-    with browser(driver, binary, ["--disable-dev-shm-usage"]) as window:
+    with browser(driver, binary, ["--disable-dev-shm-usage", *arguments]) as window:
+        yield window
+
+
+@pytest.fixture(scope="module")
+def page() -> Iterator[Page]:
+    with chromium() as window:
         yield window
 
 
@@ -40,12 +53,12 @@ def served(package: Path) -> Iterator[str]:
             process.terminate()
 
 
-def ask(page: Page, question: str) -> str:
+def ask(page: Page, question: str, *, seconds: float = 120) -> str:
     """What the page answers, greedily."""
     page.type("#temperature", "0")
     page.type("#prompt", question)
     page.click("#send")
-    page.wait("#send")
+    page.wait("#send", seconds=seconds)
     return page.text(".assistant")
 
 
@@ -59,6 +72,19 @@ def test_it_answers_turn_by_turn_as_our_runtime_does(page: Page, export, target:
         for question in ("What is 347 + 589?", "What is 12 + 30?"):
             wanted = "".join(chat.answer(question, Sampling(temperature=0)))
             assert ask(page, question) == wanted
+
+
+@pytest.mark.slow
+def test_webgpu_gives_our_runtimes_tokens(export) -> None:
+    """On an adapter in software, which has no float16: so the 4-bit recipe in float32."""
+    package = export(None, "openvino-int4")
+    chat = Conversation(Session(package, threads=1, providers=["CPUExecutionProvider"]))
+    wanted = "".join(chat.answer("What is 347 + 589?", Sampling(temperature=0)))
+    with chromium(*SOFTWARE_ADAPTER) as page, served(package) as address:
+        page.open(f"{address}?provider=webgpu")
+        page.wait("#send")
+        assert "webgpu" in page.text("#status")
+        assert ask(page, "What is 347 + 589?", seconds=900) == wanted
 
 
 @pytest.mark.parametrize("missing", ["model.onnx", "genai_config.json"])
