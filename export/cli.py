@@ -25,6 +25,7 @@ from rich.progress import (
 from rich.table import Table
 
 from export.interrupts import hold_interrupts, keep_interrupts
+from export.verify_options import add_options, refuse_idle_options, settings_of
 
 if TYPE_CHECKING:
     from export.checkpoint import Checkpoint
@@ -55,18 +56,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: of the command line, without the program's name; None takes the process's own.
 
     Returns:
-        Exit status: 0; 2 for a wrong input, told in one line on stderr; 130 after Ctrl-C.
+        Exit status: 0; 1 where --verify finds a bound exceeded; 2 for a wrong input, told in one
+        line on stderr; 130 after Ctrl-C.
     """
     options = _parse(arguments)
     console = Console(stderr=True, soft_wrap=True, highlight=False)
     try:
         with keep_interrupts():
+            refuse_idle_options(options)
             if options.list_targets:
                 _list_targets()
             elif options.inspect:
                 _inspect(_source(options))
+            elif options.sensitivity:
+                _rank(options, console)
             else:
-                _export(options, console)
+                return _export(options, console)
     except KeyboardInterrupt:
         console.print("phi4export: interrupted, nothing unfinished is kept", style="yellow")
         return 130
@@ -142,9 +147,26 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="keep what gptq learns from it here; an interrupted calibration goes on",
     )
     parser.add_argument(
+        "--size-budget",
+        metavar="SIZE",
+        help="bits of every weight so that the package has this size and loses least, as 2.2GB",
+    )
+    parser.add_argument(
+        "--costs", type=Path, metavar="FILE", help="for it: what --sensitivity --json wrote"
+    )
+    parser.add_argument(
+        "--verify", action="store_true", help="then hold the package against its checkpoint"
+    )
+    parser.add_argument(
+        "--sensitivity",
+        action="store_true",
+        help="rank the weights by what the model loses with one of them in 4 bits, then stop",
+    )
+    parser.add_argument(
         "--inspect", action="store_true", help="describe the checkpoint from its headers, then stop"
     )
     parser.add_argument("--list-targets", action="store_true", help="print the targets, then stop")
+    add_options(parser)
     version = importlib.metadata.version("phi4export")
     parser.add_argument("--version", action="version", version=f"phi4export {version}")
     return parser.parse_args(arguments)
@@ -167,6 +189,22 @@ def _inspect(source: str | Path) -> None:
     _print(describe(open_checkpoint(source)))
 
 
+def _rank(options: argparse.Namespace, console: Console) -> None:
+    settings = settings_of(options)
+    from export.checkpoint import open_checkpoint
+    from export.placement import measure_sensitivity
+    from export.sensitivity import ranking_table
+
+    with Progress(*Progress.get_default_columns(), console=console, transient=True) as progress:
+
+        def begin(text: str, total: int) -> Callable[[int], None]:
+            task = progress.add_task(text, total=total)
+            return lambda count: progress.advance(task, count)
+
+        found = measure_sensitivity(open_checkpoint(_source(options)), settings, begin)
+    _print(ranking_table(found))
+
+
 def _print(result: RenderableType) -> None:
     """Write to stdout; into a file or a pipe in whole lines, however long."""
     console = Console(highlight=False)
@@ -187,8 +225,9 @@ def _source(options: argparse.Namespace) -> str | Path:
     return REFERENCE if options.checkpoint is None else options.checkpoint
 
 
-def _export(options: argparse.Namespace, console: Console) -> None:
+def _export(options: argparse.Namespace, console: Console) -> int:
     begin = time.perf_counter()
+    settings = settings_of(options)
     with hold_interrupts():
         from export.checkpoint import open_checkpoint
         from targets import DEFAULT, find_target
@@ -203,6 +242,10 @@ def _export(options: argparse.Namespace, console: Console) -> None:
     destination = options.output or Path(f"{name}-{target.name}")
     # First of all: to fetch a checkpoint from the hub may take an hour.
     check_destination(destination, force=options.force)
+    if options.size_budget is not None:
+        from targets.size_budget import parse_size
+
+        parse_size(options.size_budget)
     told = _quantization(options)
     if told is not None:
         from export.quantization import check
@@ -217,6 +260,11 @@ def _export(options: argparse.Namespace, console: Console) -> None:
         f"{time.perf_counter() - begin:.0f} s, {_peak_memory()}"
     )
     console.print(f"talk with it: python -m runtime_py.chat {shown}")
+    if not options.verify:
+        return 0
+    from export.verify import deliver, verify
+
+    return deliver(verify(package, source, settings, console), settings)
 
 
 def _quantization(options: argparse.Namespace) -> Quantization | None:
@@ -224,6 +272,8 @@ def _quantization(options: argparse.Namespace) -> Quantization | None:
     told = (options.recipe, options.quantizer, options.calibration, options.calibration_cache)
     if not any(told):
         return None
+    if options.recipe is not None and options.size_budget is not None:
+        raise ValueError("--recipe and --size-budget both choose the bits of weights: give one")
     with hold_interrupts():  # torch
         from export.quantization import Quantization
 
@@ -271,6 +321,19 @@ def _write(
             target = stack.enter_context(quantized_as_told(target, told, checkpoint, stage))
             stage("tracing the graph")
         model = trace(checkpoint, all_logits=options.all_logits)
+        library = library_path() if target.native and not options.portable else None
+        if options.size_budget is not None:
+            stage("choosing the bits of every weight")
+            from export.placement import fit_to_budget
+
+            target = fit_to_budget(
+                model,
+                target,
+                options.size_budget,
+                checkpoint=checkpoint,
+                library=library,
+                costs=options.costs,
+            )
         stage(f"shaping it for {target.name}")
         model = run_passes(model, target.passes)
 
@@ -289,7 +352,7 @@ def _write(
                 "bytes": checkpoint.total_bytes,
                 "all_logits": options.all_logits,
             },
-            library=library_path() if target.native and not options.portable else None,
+            library=library,
             extra_files=add_tokenizer,
             force=options.force,
             progress=stage("writing", package_size(model)),

@@ -60,8 +60,8 @@ def divergence(reference: np.ndarray, logits: np.ndarray) -> np.ndarray:
     for start in range(0, len(reference), _ROWS):
         rows = slice(start, start + _ROWS)
         wanted, given = log_softmax(reference[rows]), log_softmax(logits[rows])
-        # never below 0 but by rounding
-        found[rows] = np.maximum((np.exp(wanted) * (wanted - given)).sum(-1), 0)
+        nats = (np.exp(wanted) * (wanted - given)).sum(-1)
+        found[rows] = np.where(np.isnan(nats), np.inf, np.maximum(nats, 0))  # below 0: rounding
     return found
 
 
@@ -110,8 +110,8 @@ class TokenQuality:
         return {
             "tokens": len(kl),
             "kl_mean": float(kl.mean()),
-            "kl_median": float(np.median(kl)),
-            "kl_p99": float(np.quantile(kl, 0.99)),
+            "kl_median": float(np.quantile(kl, 0.5, method="lower")),
+            "kl_p99": float(np.quantile(kl, 0.99, method="lower")),
             "kl_max": float(kl.max()),
             "top1_agreement": float(np.mean(self.agreed)),
             "perplexity": math.exp(own),

@@ -219,6 +219,7 @@ def _cut(graph: ir.Graph, config: dict[str, object], all_logits: bool) -> tuple[
     stream = [_embedded(graph)]
     stream += [_residual(graph, f"model.layers.{i}.mlp.fc2.weight")[0] for i in range(layers)]
     derived = _descendants(graph, stream[0])
+    again = _from_states(graph, derived)
     owner: dict[ir.Node, int] = {}
     drafts: list[tuple[list[str], set[str], set[str]]] = []
     for k in range(layers + 2):
@@ -226,7 +227,7 @@ def _cut(graph: ir.Graph, config: dict[str, object], all_logits: bool) -> tuple[
         target = outputs[_LOGITS] if k > layers else stream[k]
         presents = [name for name in outputs if name and name.startswith(f"{_PRESENT}{k - 1}.")]
         wanted = [target, *(outputs[name] for name in presents)]
-        read, carried = _walk(wanted, start, inputs, derived, owner, k)
+        read, carried = _walk(wanted, start, inputs, derived - again, owner, k)
         drafts.append((presents, read, carried))
     slices = []
     for k, (presents, read, carried) in enumerate(drafts):
@@ -319,6 +320,20 @@ def _descendants(graph: ir.Graph, first: ir.Value) -> set[ir.Value]:
     for node in graph:  # in an order that runs
         if any(value in found for value in node.inputs if value is not None):
             found.update(node.outputs)
+    return found
+
+
+def _from_states(graph: ir.Graph, derived: set[ir.Value]) -> set[ir.Value]:
+    """Derived values that follow from filled caches: a slice computes them again.
+
+    Bodies in place of operators share such values, whose axes are those of a cache.
+    """
+    states = {value for value in graph.outputs if (value.name or "").startswith(_PRESENT)}
+    found: set[ir.Value] = set()
+    for node in graph:
+        inputs = [value for value in node.inputs if value in derived]
+        if inputs and all(value in states or value in found for value in inputs):
+            found.update(value for value in node.outputs if value not in states)
     return found
 
 

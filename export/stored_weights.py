@@ -106,7 +106,7 @@ def _compare(
         difference = decoded[:, :width] - wanted  # a last block may reach beyond the row
         energies, noises = (np.einsum("ij,ij->i", a, a) for a in (wanted, difference))
         energy, noise = energy + float(energies.sum()), noise + float(noises.sum())
-        largest = max(largest, float(np.abs(difference).max()))
+        largest = max(largest, float(np.abs(np.nan_to_num(difference, nan=np.inf)).max()))
         worst = min(worst, _worst(energies, noises))
         if progress is not None:
             progress(wanted.size)

@@ -16,7 +16,6 @@ import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ from export.checkpoint import Checkpoint, open_checkpoint
 from export.measure import Sample, measure
 from export.package_slices import SlicedPackage
 from export.stored_weights import compare_weights
+from export.verify_options import Settings, add_options, settings_of
 from export.verify_page import write_html
 from export.verify_report import Report, print_report, to_json
 from runtime_py.errors import InputError, PackageError
@@ -38,31 +38,12 @@ from runtime_py.peak_memory import peak_bytes
 from runtime_py.tokenizer import Tokenizer
 
 CALIBRATION = "calibration.txt"  # beside a checkpoint's weights: text of the kind it knows
-TOKENS = 512  # of the text, at most
-RANDOM_TOKENS = 128
+_RANDOM_TOKENS = 128
 _WIDE = 512  # below this width a second thread would only be waited for
 
 
 class VerifyError(ValueError):
     """Something that cannot be verified."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """What to verify on, and what must hold.
-
-    Attributes:
-        text: a file; None takes the checkpoint's calibration.txt, else the text shipped here.
-        tokens: of the text, at most.
-        threads: of both models; None takes one for a small model, else what they choose.
-        max_kl, min_top1: instead of the defaults of ``export.bounds``.
-    """
-
-    text: Path | None = None
-    tokens: int = TOKENS
-    threads: int | None = None
-    max_kl: float | None = None
-    min_top1: float | None = None
 
 
 def verify(path: Path, source: str | Path, settings: Settings, console: Console) -> Report:
@@ -80,8 +61,7 @@ def verify(path: Path, source: str | Path, settings: Settings, console: Console)
     begin = time.perf_counter()
     file = find_model(path)
     checkpoint = open_checkpoint(source)
-    narrow = checkpoint.config.hidden_size < _WIDE
-    threads = settings.threads or (1 if narrow else None)
+    threads = settings.threads or _threads_for(checkpoint)
     package = SlicedPackage(file, library=library_path(), threads=threads)
     if package.config != json.loads(checkpoint.config.to_json()):
         raise VerifyError(
@@ -98,7 +78,7 @@ def verify(path: Path, source: str | Path, settings: Settings, console: Console)
         damaged = _changed_files(file.parent, stage)
         stage("comparing weights")
         weights, left_out = compare_weights(package.model, checkpoint)
-        with _torch_threads(threads):
+        with torch_threads(settings.threads, checkpoint):
             measured = measure(checkpoint, package, samples, stage)
     if left_out:
         notes.append(f"weights stored in another shape, not compared: {', '.join(left_out)}")
@@ -129,7 +109,9 @@ def verify(path: Path, source: str | Path, settings: Settings, console: Console)
 
 
 @contextlib.contextmanager
-def _torch_threads(threads: int | None) -> Iterator[None]:
+def torch_threads(wanted: int | None, checkpoint: Checkpoint) -> Iterator[None]:
+    """Torch's threads for a while; without a wish one for a small model."""
+    threads = wanted or _threads_for(checkpoint)
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
     try:
@@ -138,8 +120,12 @@ def _torch_threads(threads: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+def _threads_for(checkpoint: Checkpoint) -> int | None:
+    return 1 if checkpoint.config.hidden_size < _WIDE else None
+
+
 def _random_tokens(checkpoint: Checkpoint) -> Sample:
-    ids = np.random.default_rng(0).integers(0, checkpoint.config.vocab_size, (1, RANDOM_TOKENS))
+    ids = np.random.default_rng(0).integers(0, checkpoint.config.vocab_size, (1, _RANDOM_TOKENS))
     return Sample("random tokens", ids)
 
 
@@ -147,6 +133,19 @@ def _text(
     package: Path, checkpoint: Checkpoint, settings: Settings, notes: list[str]
 ) -> list[Sample]:
     """The text's tokens; nothing where the package has no tokenizer and no text was given."""
+    if settings.text is None and not (package / "tokenizer.json").is_file():
+        notes.append("the package has no tokenizer, so it was measured on random tokens only")
+        return []
+    return [read_sample(Tokenizer(package), checkpoint, settings)]
+
+
+def read_sample(tokenizer: Tokenizer, checkpoint: Checkpoint, settings: Settings) -> Sample:
+    """Tokens of the text to measure on.
+
+    Raises:
+        VerifyError: the file is empty or no text.
+        OSError: it cannot be read.
+    """
     own = checkpoint.folder / CALIBRATION
     file = settings.text or (own if own.is_file() else Path(__file__).with_name(CALIBRATION))
     try:
@@ -155,13 +154,10 @@ def _text(
         raise VerifyError(f"{file} is no UTF-8 text ({error.reason} at {error.start})") from error
     if not text.strip():
         raise VerifyError(f"{file} is empty: give some text of the kind the model is used for")
-    if settings.text is None and not (package / "tokenizer.json").is_file():
-        notes.append("the package has no tokenizer, so it was measured on random tokens only")
-        return []
-    ids = Tokenizer(package).encode(text)[: settings.tokens]
+    ids = tokenizer.encode(text)[: settings.tokens]
     if len(ids) < 2:
         raise VerifyError(f"{file} is {len(ids)} token long, expected 2 or more: give more text")
-    return [Sample(file.name, np.array([ids], np.int64))]
+    return Sample(file.name, np.array([ids], np.int64))
 
 
 def _changed_files(package: Path, stage: Any) -> list[str]:
@@ -186,13 +182,13 @@ def _changed_files(package: Path, stage: Any) -> list[str]:
     return changed
 
 
-def deliver(report: Report, *, json_file: Path | None, html_file: Path | None) -> int:
+def deliver(report: Report, settings: Settings) -> int:
     """Show and write a report; returns the exit status."""
     print_report(report, Console())
-    if json_file is not None:
-        json_file.write_text(json.dumps(to_json(report), indent=2) + "\n", encoding="utf-8")
-    if html_file is not None:
-        write_html(report, html_file)
+    if settings.json is not None:
+        settings.json.write_text(json.dumps(to_json(report), indent=2) + "\n", encoding="utf-8")
+    if settings.html is not None:
+        write_html(report, settings.html)
     for failure in report.failures:
         print(f"verify: {failure}", file=sys.stderr)
     return 1 if report.failures else 0
@@ -212,45 +208,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         settings = settings_of(options)
         report = verify(options.package, options.checkpoint, settings, Console(stderr=True))
-        return deliver(report, json_file=options.json, html_file=options.html)
+        return deliver(report, settings)
     except (ValueError, OSError, PackageError, InputError) as error:
         print(f"verify: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("verify: interrupted", file=sys.stderr)
         return 130
-
-
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Options that every command has which verifies."""
-    group = parser.add_argument_group("verification")
-    group.add_argument("--text", type=Path, metavar="FILE", help="UTF-8 text to measure on")
-    group.add_argument("--tokens", type=int, default=TOKENS, help=f"of it, at most ({TOKENS})")
-    group.add_argument("--threads", type=int, help="of one operator")
-    group.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
-    group.add_argument("--html", type=Path, metavar="FILE", help="write a page with plots")
-    group.add_argument("--max-kl", type=float, metavar="NATS", help="bound on the text's mean KL")
-    group.add_argument("--min-top1", type=float, metavar="SHARE", help="bound, between 0 and 1")
-
-
-def settings_of(options: argparse.Namespace) -> Settings:
-    """Settings from options.
-
-    Raises:
-        VerifyError: a number that makes no sense.
-    """
-    for name, number, least in (("tokens", options.tokens, 2), ("threads", options.threads, 1)):
-        if number is not None and number < least:
-            raise VerifyError(f"--{name} is {number}, expected {least} or more")
-    if options.min_top1 is not None and not 0 <= options.min_top1 <= 1:
-        raise VerifyError(f"--min-top1 is {options.min_top1}, expected a share between 0 and 1")
-    return Settings(
-        text=options.text,
-        tokens=options.tokens,
-        threads=options.threads,
-        max_kl=options.max_kl,
-        min_top1=options.min_top1,
-    )
 
 
 if __name__ == "__main__":

@@ -1,0 +1,92 @@
+"""Which weights get how many bits: rank them by what they lose, or fill a size.
+
+Joins the packages for ``phi4export --sensitivity`` and ``phi4export --size-budget``.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+from export.checkpoint import Checkpoint
+from export.sensitivity import Sensitivity, matrices, rank, ranking_json, read_costs
+from export.tokenizer import write_tokenizer
+from export.verify import read_sample, torch_threads
+from export.verify_options import Settings
+from graph_passes.block_quantization import dequantize, quantize
+from graph_passes.recipe import WeightFormat
+from runtime_py.tokenizer import Tokenizer
+from targets.size_budget import fit_target, parse_size
+from targets.target import Target
+
+BITS = 4  # what weights are ranked at
+
+
+def measure_sensitivity(
+    checkpoint: Checkpoint,
+    settings: Settings,
+    progress: Callable[[str, int], Callable[[int], object]],
+) -> list[Sensitivity]:
+    """Rank every matrix of a checkpoint, and write the JSON where the settings say so.
+
+    Args:
+        progress: given what is done and its number of steps; told 1 for each.
+
+    Raises:
+        ValueError: the checkpoint has no tokenizer, or the text cannot be used.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        write_tokenizer(checkpoint.folder, Path(folder))
+        if not (Path(folder) / "tokenizer.json").is_file():
+            raise ValueError(
+                f"{checkpoint.folder} has no tokenizer, and sensitivity is measured on text: "
+                "put the published tokenizer files there"
+            )
+        sample = read_sample(Tokenizer(Path(folder)), checkpoint, settings)
+    form = WeightFormat(bits=BITS, quantizer="rtn")
+
+    def round_trip(weight: np.ndarray, bits: int) -> np.ndarray:
+        assert bits == form.bits
+        return dequantize(quantize(weight, form))
+
+    advance = progress("quantizing one weight after the other", 2 * len(matrices(checkpoint)))
+    with torch_threads(settings.threads, checkpoint):
+        found = rank(checkpoint, sample.ids, round_trip, bits=BITS, progress=lambda _: advance(1))
+    if settings.json is not None:
+        contents = ranking_json(found, checkpoint, sample.ids.shape[1])
+        settings.json.write_text(json.dumps(contents, indent=2) + "\n", encoding="utf-8")
+    return found
+
+
+def fit_to_budget(
+    model: ir.Model,
+    target: Target,
+    budget: str,
+    *,
+    checkpoint: Checkpoint,
+    library: Path | None,
+    costs: Path | None,
+) -> Target:
+    """The target with the mix of bits that makes a package of a size.
+
+    Args:
+        model: as traced.
+        budget: such as "2.2GB".
+        library: of native operators, if the package gets a copy.
+        costs: JSON of ``measure_sensitivity``; None takes the weights' own errors.
+
+    Raises:
+        ValueError: no size, one that cannot be made, or a file that holds no costs.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        write_tokenizer(checkpoint.folder, Path(folder))
+        others = sum(file.stat().st_size for file in Path(folder).iterdir())
+    if library is not None:
+        others += library.stat().st_size
+    measured = None if costs is None else read_costs(costs)
+    return fit_target(model, target, parse_size(budget), others=others, costs=measured)
