@@ -13,7 +13,7 @@ from graph_passes.pipeline import graph_pass
 
 @graph_pass
 def infer_types(model: ir.Model) -> None:
-    """Note on every value what ONNX can infer; what stands behind unknown operators stays open.
+    """Note on every value what follows; what stands behind unknown operators stays open.
 
     Raises:
         ValueError: the graph contradicts itself.
@@ -23,6 +23,25 @@ def infer_types(model: ir.Model) -> None:
 
 def fill_in_types(model: ir.Model) -> None:
     """As the pass, in place: for passes that need the types."""
+    _infer(model)
+    opened = [node for node in model.graph if node.op_type in _LIKE and _tell_like(node)]
+    if opened:
+        _infer(model)
+
+
+# Operators that ONNX does not know, and the input whose dtype their output has.
+_LIKE = {"MatMulNBits": 0, "GatherBlockQuantized": 2}
+
+
+def _tell_like(node: ir.Node) -> bool:
+    output, like = node.outputs[0], node.inputs[_LIKE[node.op_type]]
+    if output.dtype is not None or like is None or like.dtype is None:
+        return False
+    output.type = ir.TensorType(like.dtype)
+    return True
+
+
+def _infer(model: ir.Model) -> None:
     told: list[str] = []
     with _listening(told):
         common.ShapeInferencePass()(model)

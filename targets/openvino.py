@@ -6,6 +6,7 @@ from functools import partial
 
 from graph_passes.cleanup import cleanup
 from graph_passes.inline_operators import inline_operators
+from graph_passes.replace_integer_clip import replace_integer_clip
 from graph_passes.replace_scan_loop import replace_scan_loop
 from graph_passes.unpack_embedding import unpack_embedding
 from targets.target import Target
@@ -21,6 +22,7 @@ INT4 = Target(
         *INT4_WEIGHTS,
         unpack_embedding,
         inline_operators,
+        replace_integer_clip,
     ),
     session_options={"provider_options": [{"OpenVINO": {"device_type": "CPU"}}]},
 )

@@ -1,6 +1,5 @@
 """Passes that choose the element type of caches, on a graph of the operators that have any."""
 
-
 import onnx_ir as ir
 import pytest
 

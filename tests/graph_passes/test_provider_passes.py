@@ -22,6 +22,7 @@ from graph_passes.lower_opset import lower_opset
 from graph_passes.narrow_mod import narrow_mod
 from graph_passes.pipeline import Pass, describe_pass, run_passes
 from graph_passes.quantize_embedding import quantize_embedding
+from graph_passes.replace_integer_clip import replace_integer_clip
 from graph_passes.replace_scan_loop import replace_scan_loop
 from graph_passes.replace_scatter import replace_scatter
 from graph_passes.unpack_embedding import unpack_embedding
@@ -181,6 +182,26 @@ def test_float16_is_near_and_leaves_logits_and_scan_states_alone(
     weights = {value.dtype for value in half.graph.initializers.values()}
     assert ir.DataType.FLOAT16 in weights
     assert compute_in_float16(half).graph.num_nodes() == half.graph.num_nodes()
+
+
+@pytest.mark.parametrize("bounds", [(2, None), (None, 3), (2, 3), (None, None)])
+def test_integers_are_bounded_without_clip(bounds: tuple[int | None, int | None]) -> None:
+    x = ir.Value(name="in_0", type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([6]))
+    limits = [
+        None if b is None else ir.Value(name=f"b{b}", const_value=ir.Tensor(np.int64(b)))
+        for b in bounds
+    ]
+    node = ir.node("Clip", [x, *limits])
+    node.outputs[0].name, node.outputs[0].type = "y", ir.TensorType(ir.DataType.INT64)
+    graph = ir.Graph([x], node.outputs, nodes=[node], opset_imports={"": 20}, name="g")
+    for limit in limits:
+        if limit is not None:
+            graph.register_initializer(limit)
+    model = ir.Model(graph, ir_version=10)
+    result = replace_integer_clip(model)
+    assert bounds == (None, None) or "Clip" not in operators(result)
+    values = (torch.arange(6),)
+    np.testing.assert_array_equal(outputs_of(result, values)[0], outputs_of(model, values)[0])
 
 
 def test_a_weight_beyond_float16_is_named() -> None:
