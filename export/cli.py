@@ -195,9 +195,11 @@ def _rank(options: argparse.Namespace, console: Console) -> None:
     from export.placement import measure_sensitivity
     from export.sensitivity import ranking_table
 
-    with Progress(*Progress.get_default_columns(), console=console, transient=True) as progress:
+    progress = Progress(*Progress.get_default_columns(), console=console, transient=True)
+    with contextlib.ExitStack() as stack:
 
         def begin(text: str, total: int) -> Callable[[int], None]:
+            stack.enter_context(progress)  # from here on: an error before it is one line
             task = progress.add_task(text, total=total)
             return lambda count: progress.advance(task, count)
 
