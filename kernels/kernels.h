@@ -1,8 +1,11 @@
-// The operators of domain ai.sambay on a CPU: plain functions over pointers and sizes.
+// The operators of domain ai.sambay: plain functions over pointers and sizes.
 //
 // Nothing here knows ONNX Runtime, so the functions can be tested, sanitised and timed without it.
 // Callers check every size and length; the functions trust them. Arrays are row-major and dense.
 // A past and its present may be the same memory (equal pointers) or disjoint, never anything else.
+//
+// T is the element type of activations, float or Half. The kernels for processors take float, which is
+// what the names without "Of" stand for; kernels/cuda takes both.
 #pragma once
 
 #include <cstddef>
@@ -58,60 +61,71 @@ class Pool {
 };
 
 // Shapes as in export/ops/causal_conv_with_state.py.
-struct CausalConv {
+template <class T>
+struct CausalConvOf {
   int64_t batch, tokens, channels, taps;
-  const float *x, *weight, *bias, *past_state;
+  const T *x, *weight, *bias, *past_state;
   const int64_t* lengths;  // 0 .. tokens
-  float *y, *present_state;
+  T *y, *present_state;
 };
+using CausalConv = CausalConvOf<float>;
 
 // Shapes as in export/ops/selective_scan.py.
-struct Scan {
+template <class T>
+struct ScanOf {
   int64_t batch, tokens, channels, states;
-  const float *x, *dt, *dt_bias, *A, *B, *C, *D, *past_state;
+  const T *x, *dt, *B, *C;
+  const float *dt_bias, *A, *D, *past_state;
   const int64_t* lengths;  // 0 .. tokens
-  float *y, *present_state;
+  T* y;
+  float* present_state;
 };
+using Scan = ScanOf<float>;
 
-struct GatedMemory {
+template <class T>
+struct GatedMemoryOf {
   int64_t size;
-  const float *gate, *memory;
-  float* output;
+  const T *gate, *memory;
+  T* output;
 };
+using GatedMemory = GatedMemoryOf<float>;
 
 // Shapes as in export/ops/append_key_value.py, for int8_t as in append_quantized_key_value.py.
-template <class Cell>
+template <class Cell, class T = float>
 struct Append {
   int64_t batch, tokens, kv_heads, capacity, head_size;
   Cache<const Cell> past;
-  const float *k, *v;
+  const T *k, *v;
   const int64_t* past_lengths;  // past_length + tokens <= capacity
   Cache<Cell> present;
 };
 
 // What both attention operators share. Query heads are a multiple of key heads, those are even.
-struct Heads {
+template <class T>
+struct HeadsOf {
   int64_t batch, queries, heads, kv_heads, capacity, head_size;
-  const float *q, *lambda, *norm_weight;
+  const T* q;
+  const float *lambda, *norm_weight;
   float lambda_init;
-  float* output;
+  T* output;
 };
+using Heads = HeadsOf<float>;
 
 // Shapes as in export/ops/differential_attention.py, for int8_t with `quantized_` before the name.
-template <class Cell>
+template <class Cell, class T = float>
 struct WindowAttention {
-  Heads heads;
+  HeadsOf<T> heads;
   int64_t window;
-  const float *k, *v;
+  const T *k, *v;
   Cache<const Cell> past;
   const int64_t *past_lengths, *lengths;  // lengths: 0 .. queries
   Cache<Cell> present;
 };
 
 // Shapes as in export/ops/differential_cross_attention.py, for int8_t with `quantized_` before the name.
-template <class Cell>
+template <class Cell, class T = float>
 struct CrossAttention {
-  Heads heads;
+  HeadsOf<T> heads;
   Cache<const Cell> cache;
   const int64_t* positions;  // 0 .. capacity - 1
 };

@@ -19,6 +19,7 @@
 namespace sambay::ort {
 
 constexpr uint32_t kApiVersion = 17;
+constexpr uint32_t kScratchApiVersion = 18;  // the first with KernelContext_GetScratchBuffer
 
 // Opaque types of the interface.
 struct Status;
@@ -29,6 +30,7 @@ struct KernelContext;
 struct Value;
 struct TensorInfo;
 struct CustomOp;
+struct MemoryInfo;
 
 constexpr int kInvalidArgument = 2;  // OrtErrorCode
 constexpr int kFail = 1;
@@ -51,6 +53,13 @@ auto call(const Api* api, Args... args) {
   return entry(args...);
 }
 
+struct Allocator {  // OrtAllocator as of version 17
+  uint32_t version;
+  void*(SAMBAY_ORT_CALL* Alloc)(Allocator*, size_t bytes);
+  void(SAMBAY_ORT_CALL* Free)(Allocator*, void* memory);
+  const MemoryInfo*(SAMBAY_ORT_CALL* Info)(const Allocator*);
+};
+
 using CreateStatus = Slot<0, Status*(int code, const char* message)>;
 using CreateCustomOpDomain = Slot<26, Status*(const char* domain, CustomOpDomain** out)>;
 using CustomOpDomain_Add = Slot<27, Status*(CustomOpDomain* domain, const CustomOp* op)>;
@@ -67,9 +76,15 @@ using KernelContext_GetOutput =
     Slot<91, Status*(KernelContext*, size_t index, const int64_t* shape, size_t rank, Value** out)>;
 using ReleaseStatus = Slot<93, void(Status*)>;
 using ReleaseTensorTypeAndShapeInfo = Slot<99, void(TensorInfo*)>;
+using ReleaseAllocator = Slot<132, void(Allocator*)>;
+using KernelContext_GetGPUComputeStream = Slot<193, Status*(const KernelContext*, void** out)>;
+using GetTensorMemoryInfo = Slot<194, Status*(const Value* value, const MemoryInfo** out)>;
+using KernelContext_GetAllocator = Slot<253, Status*(const KernelContext*, const MemoryInfo*, Allocator** out)>;
 using KernelContext_ParallelFor =
     Slot<274, Status*(const KernelContext*, void (*task)(void* data, size_t index), size_t count,
                       size_t batches, void* data)>;
+using KernelContext_GetScratchBuffer =
+    Slot<277, Status*(const KernelContext*, const MemoryInfo*, size_t bytes, void** out)>;
 
 struct ApiBase {  // OrtApiBase
   const Api*(SAMBAY_ORT_CALL* GetApi)(uint32_t version);

@@ -1,6 +1,7 @@
 // The operators over caches as ONNX Runtime sees them: names, types, checks, and the call of the kernel.
 //
-// With int8_t cells an operator has another name, and each cache's scales beside it.
+// With int8_t cells an operator has another name, and each cache's scales beside it. T is the element type
+// of activations; a Device runs a checked operator (see ort_library.h).
 #pragma once
 
 #include <string>
@@ -14,50 +15,53 @@ constexpr int64_t kMostTokens = int64_t{1} << 40;  // sums of positions stay far
 constexpr int64_t kMostHeads = int64_t{1} << 20;   // and so do products of sizes
 
 // Of an operator with these cells: names and types of inputs and outputs.
-template <class Cell>
+template <class Cell, class T>
 struct CacheTypes {
   static constexpr bool kScaled = false;
-  static constexpr ElementType kCell = element_type<Cell>();
+  static constexpr ElementType kCell = element_type<Cell>(), kValue = element_type<T>();
   static constexpr const char* kAppend = "AppendKeyValue";
   static constexpr const char* kWindow = "DifferentialAttention";
   static constexpr const char* kCross = "DifferentialCrossAttention";
   static constexpr const char* kAppendInputs[] = {"past_key", "past_value", "k", "v", "past_lengths"};
-  static constexpr ElementType kAppendInputTypes[] = {kCell, kCell, kFloat, kFloat, kInt64};
+  static constexpr ElementType kAppendInputTypes[] = {kCell, kCell, kValue, kValue, kInt64};
   static constexpr ElementType kAppendOutputTypes[] = {kCell, kCell};
   static constexpr const char* kWindowInputs[] = {
       "q", "k", "v", "past_key", "past_value", "lambda", "norm_weight", "past_lengths", "lengths"};
-  static constexpr ElementType kWindowInputTypes[] = {kFloat, kFloat, kFloat, kCell, kCell,
+  static constexpr ElementType kWindowInputTypes[] = {kValue, kValue, kValue, kCell, kCell,
                                                       kFloat, kFloat, kInt64, kInt64};
-  static constexpr ElementType kWindowOutputTypes[] = {kFloat, kCell, kCell};
+  static constexpr ElementType kWindowOutputTypes[] = {kValue, kCell, kCell};
   static constexpr const char* kCrossInputs[] = {"q", "key", "value", "lambda", "norm_weight", "positions"};
-  static constexpr ElementType kCrossInputTypes[] = {kFloat, kCell, kCell, kFloat, kFloat, kInt64};
+  static constexpr ElementType kCrossInputTypes[] = {kValue, kCell, kCell, kFloat, kFloat, kInt64};
 };
-template <>
-struct CacheTypes<int8_t> {
+template <class T>
+struct CacheTypes<int8_t, T> {
   static constexpr bool kScaled = true;
+  static constexpr ElementType kValue = element_type<T>();
   static constexpr const char* kAppend = "AppendQuantizedKeyValue";
   static constexpr const char* kWindow = "QuantizedDifferentialAttention";
   static constexpr const char* kCross = "QuantizedDifferentialCrossAttention";
   static constexpr const char* kAppendInputs[] = {
       "past_key", "past_value", "past_key_scale", "past_value_scale", "k", "v", "past_lengths"};
   static constexpr ElementType kAppendInputTypes[] = {kInt8,  kInt8,  kFloat16, kFloat16,
-                                                      kFloat, kFloat, kInt64};
+                                                      kValue, kValue, kInt64};
   static constexpr ElementType kAppendOutputTypes[] = {kInt8, kInt8, kFloat16, kFloat16};
   static constexpr const char* kWindowInputs[] = {
       "q",      "k",           "v",            "past_key", "past_value", "past_key_scale", "past_value_scale",
       "lambda", "norm_weight", "past_lengths", "lengths"};
-  static constexpr ElementType kWindowInputTypes[] = {kFloat,   kFloat, kFloat, kInt8,  kInt8, kFloat16,
+  static constexpr ElementType kWindowInputTypes[] = {kValue,   kValue, kValue, kInt8,  kInt8, kFloat16,
                                                       kFloat16, kFloat, kFloat, kInt64, kInt64};
-  static constexpr ElementType kWindowOutputTypes[] = {kFloat, kInt8, kInt8, kFloat16, kFloat16};
+  static constexpr ElementType kWindowOutputTypes[] = {kValue, kInt8, kInt8, kFloat16, kFloat16};
   static constexpr const char* kCrossInputs[] = {"q",      "key",         "value",    "key_scale", "value_scale",
                                                  "lambda", "norm_weight", "positions"};
-  static constexpr ElementType kCrossInputTypes[] = {kFloat,   kInt8,  kInt8,  kFloat16,
+  static constexpr ElementType kCrossInputTypes[] = {kValue,   kInt8,  kInt8,  kFloat16,
                                                      kFloat16, kFloat, kFloat, kInt64};
 };
 
 // Inputs, and outputs, that one cache takes.
 template <class Cell>
-constexpr size_t kParts = CacheTypes<Cell>::kScaled ? 4 : 2;
+constexpr bool kScaled = CacheTypes<Cell, float>::kScaled;
+template <class Cell>
+constexpr size_t kParts = kScaled<Cell> ? 4 : 2;
 
 struct CacheShape {
   int64_t batch = -1, kv_heads = -1, capacity = -1, head_size = -1;
@@ -71,7 +75,7 @@ Cache<const Cell> read_cache(const Context& context, size_t index, CacheShape& s
     Slots<const Cell>& slots = part ? cache.value : cache.key;
     slots.cells = context.input<Cell>(index + part,
                                       {shape.batch, shape.kv_heads, shape.capacity, shape.head_size});
-    if constexpr (CacheTypes<Cell>::kScaled) {
+    if constexpr (kScaled<Cell>) {
       slots.scales = context.input<Half>(index + 2 + part, {shape.batch, shape.kv_heads, shape.capacity});
     }
   }
@@ -92,7 +96,7 @@ Cache<Cell> make_cache(const Context& context, size_t index, const CacheShape& s
     Slots<Cell>& slots = part ? cache.value : cache.key;
     slots.cells = context.output<Cell>(index + part,
                                        {shape.batch, shape.kv_heads, shape.capacity, shape.head_size});
-    if constexpr (CacheTypes<Cell>::kScaled) {
+    if constexpr (kScaled<Cell>) {
       slots.scales = context.output<Half>(index + 2 + part, {shape.batch, shape.kv_heads, shape.capacity});
     }
   }
@@ -116,48 +120,21 @@ struct HeadCounts {
   }
 
   // The inputs that all attention has: q is the first, `lambda` the index of lambda.
-  Heads read(const Context& context, const CacheShape& shape, size_t lambda) const {
-    Heads sizes{shape.batch, -1,      heads,   kv_heads, shape.capacity, shape.head_size,
-                nullptr,     nullptr, nullptr, lambda_init, nullptr};
-    sizes.q = context.input<float>(0, {sizes.batch, sizes.queries, heads * sizes.head_size});
+  template <class T>
+  HeadsOf<T> read(const Context& context, const CacheShape& shape, size_t lambda) const {
+    HeadsOf<T> sizes{shape.batch, -1,      heads,   kv_heads, shape.capacity, shape.head_size,
+                     nullptr,     nullptr, nullptr, lambda_init, nullptr};
+    sizes.q = context.input<T>(0, {sizes.batch, sizes.queries, heads * sizes.head_size});
     sizes.lambda = context.input<float>(lambda, {int64_t{1}});
     sizes.norm_weight = context.input<float>(lambda + 1, {2 * sizes.head_size});
-    sizes.output = context.output<float>(0, {sizes.batch, sizes.queries, heads * sizes.head_size});
+    sizes.output = context.output<T>(0, {sizes.batch, sizes.queries, heads * sizes.head_size});
     return sizes;
   }
 };
 
-inline void run_kernel(const Kernels& kernels, const Append<float>& op, const Pool& pool) {
-  kernels.append_key_value(op, pool);
-}
-inline void run_kernel(const Kernels& kernels, const Append<Half>& op, const Pool& pool) {
-  kernels.append_key_value_half(op, pool);
-}
-inline void run_kernel(const Kernels& kernels, const Append<int8_t>& op, const Pool& pool) {
-  kernels.append_quantized_key_value(op, pool);
-}
-inline void run_kernel(const Kernels& kernels, const WindowAttention<float>& op, const Pool& pool) {
-  kernels.differential_attention(op, pool);
-}
-inline void run_kernel(const Kernels& kernels, const WindowAttention<Half>& op, const Pool& pool) {
-  kernels.differential_attention_half(op, pool);
-}
-inline void run_kernel(const Kernels& kernels, const WindowAttention<int8_t>& op, const Pool& pool) {
-  kernels.quantized_differential_attention(op, pool);
-}
-inline void run_kernel(const Kernels& kernels, const CrossAttention<float>& op, const Pool& pool) {
-  kernels.differential_cross_attention(op, pool);
-}
-inline void run_kernel(const Kernels& kernels, const CrossAttention<Half>& op, const Pool& pool) {
-  kernels.differential_cross_attention_half(op, pool);
-}
-inline void run_kernel(const Kernels& kernels, const CrossAttention<int8_t>& op, const Pool& pool) {
-  kernels.quantized_differential_cross_attention(op, pool);
-}
-
-template <class Cell>
+template <class Cell, class T = float>
 struct AppendKeyValue {
-  using Types = CacheTypes<Cell>;
+  using Types = CacheTypes<Cell, T>;
   static constexpr const char* kName = Types::kAppend;
   static constexpr auto& kInputs = Types::kAppendInputs;
   static constexpr auto& kInputTypes = Types::kAppendInputTypes;
@@ -165,16 +142,17 @@ struct AppendKeyValue {
 
   explicit AppendKeyValue(const Attributes&) {}
 
-  void run(const Context& context, const Kernels& kernels) const {
+  template <class Device>
+  void run(const Context& context, const Device& device) const {
     constexpr size_t k = kParts<Cell>, lengths = k + 2;
     CacheShape shape;
-    Append<Cell> op{};
+    Append<Cell, T> op{};
     op.past = read_cache<Cell>(context, 0, shape);
     op.batch = shape.batch, op.kv_heads = shape.kv_heads;
     op.capacity = shape.capacity, op.head_size = shape.head_size;
     op.tokens = -1;
-    op.k = context.input<float>(k, {op.batch, op.tokens, op.kv_heads * op.head_size});
-    op.v = context.input<float>(k + 1, {op.batch, op.tokens, op.kv_heads * op.head_size});
+    op.k = context.input<T>(k, {op.batch, op.tokens, op.kv_heads * op.head_size});
+    op.v = context.input<T>(k + 1, {op.batch, op.tokens, op.kv_heads * op.head_size});
     op.past_lengths = context.input<int64_t>(lengths, {op.batch});
     if (op.tokens > op.capacity) {
       throw context.fault(k, "holds " + std::to_string(op.tokens) + " tokens",
@@ -182,13 +160,13 @@ struct AppendKeyValue {
     }
     context.check_range(lengths, op.past_lengths, op.batch, 0, op.capacity - op.tokens);
     op.present = make_cache<Cell>(context, 0, shape);
-    run_kernel(kernels, op, context.pool());
+    device.run(op, context);
   }
 };
 
-template <class Cell>
+template <class Cell, class T = float>
 struct DifferentialAttention {
-  using Types = CacheTypes<Cell>;
+  using Types = CacheTypes<Cell, T>;
   static constexpr const char* kName = Types::kWindow;
   static constexpr auto& kInputs = Types::kWindowInputs;
   static constexpr auto& kInputTypes = Types::kWindowInputTypes;
@@ -201,48 +179,50 @@ struct DifferentialAttention {
     }
   }
 
-  void run(const Context& context, const Kernels& kernels) const {
+  template <class Device>
+  void run(const Context& context, const Device& device) const {
     constexpr size_t lambda = 3 + kParts<Cell>, past_lengths = lambda + 2, lengths = lambda + 3;
     CacheShape shape{-1, counts.kv_heads, -1, -1};
-    WindowAttention<Cell> op{};
+    WindowAttention<Cell, T> op{};
     op.past = read_cache<Cell>(context, 3, shape);
-    op.heads = counts.read(context, shape, lambda);
+    op.heads = counts.read<T>(context, shape, lambda);
     op.window = window;
-    const Heads& sizes = op.heads;
-    op.k = context.input<float>(1, {sizes.batch, sizes.queries, sizes.kv_heads * sizes.head_size});
-    op.v = context.input<float>(2, {sizes.batch, sizes.queries, sizes.kv_heads * sizes.head_size});
+    const HeadsOf<T>& sizes = op.heads;
+    op.k = context.input<T>(1, {sizes.batch, sizes.queries, sizes.kv_heads * sizes.head_size});
+    op.v = context.input<T>(2, {sizes.batch, sizes.queries, sizes.kv_heads * sizes.head_size});
     op.past_lengths = context.input<int64_t>(past_lengths, {sizes.batch});
     op.lengths = context.input<int64_t>(lengths, {sizes.batch});
     context.check_range(past_lengths, op.past_lengths, sizes.batch, 0, kMostTokens);
     context.check_range(lengths, op.lengths, sizes.batch, 0, sizes.queries);
     op.present = make_cache<Cell>(context, 1, shape);
-    run_kernel(kernels, op, context.pool());
+    device.run(op, context);
   }
 
   HeadCounts counts;
   int64_t window;
 };
 
-template <class Cell>
+template <class Cell, class T = float>
 struct DifferentialCrossAttention {
-  using Types = CacheTypes<Cell>;
+  using Types = CacheTypes<Cell, T>;
   static constexpr const char* kName = Types::kCross;
   static constexpr auto& kInputs = Types::kCrossInputs;
   static constexpr auto& kInputTypes = Types::kCrossInputTypes;
-  static constexpr ElementType kOutputTypes[] = {kFloat};
+  static constexpr ElementType kOutputTypes[] = {element_type<T>()};
 
   explicit DifferentialCrossAttention(const Attributes& attributes) : counts(attributes) {}
 
-  void run(const Context& context, const Kernels& kernels) const {
+  template <class Device>
+  void run(const Context& context, const Device& device) const {
     constexpr size_t lambda = 1 + kParts<Cell>, positions = lambda + 2;
     CacheShape shape{-1, counts.kv_heads, -1, -1};
-    CrossAttention<Cell> op{};
+    CrossAttention<Cell, T> op{};
     op.cache = read_cache<Cell>(context, 1, shape);
-    op.heads = counts.read(context, shape, lambda);
-    const Heads& sizes = op.heads;
+    op.heads = counts.read<T>(context, shape, lambda);
+    const HeadsOf<T>& sizes = op.heads;
     op.positions = context.input<int64_t>(positions, {sizes.batch, sizes.queries});
     context.check_range(positions, op.positions, sizes.batch * sizes.queries, 0, sizes.capacity - 1);
-    run_kernel(kernels, op, context.pool());
+    device.run(op, context);
   }
 
   HeadCounts counts;

@@ -60,8 +60,12 @@ constexpr ElementType element_type<int64_t>() { return kInt64; }
 // One run of one node.
 class Context {
  public:
-  Context(const Api* api, KernelContext* context, const char* name, const char* const* inputs)
-      : api_(api), context_(context), name_(name), inputs_(inputs) {}
+  // `readable`: tensors stand in the processor's memory. In a device's, values are not for us to check.
+  Context(const Api* api, KernelContext* context, const char* name, const char* const* inputs, bool readable)
+      : api_(api), context_(context), name_(name), inputs_(inputs), readable_(readable) {}
+
+  const Api* api() const { return api_; }
+  KernelContext* raw() const { return context_; }
 
   // Input `index`, its shape checked against `axes`.
   template <class T>
@@ -109,9 +113,10 @@ class Context {
     return static_cast<T*>(data(value));
   }
 
-  // Every one of `count` values of input `index` must lie in low .. high.
+  // Every one of `count` values of input `index` must lie in low .. high; checked where readable, so
+  // kernels of devices must bear any.
   void check_range(size_t index, const int64_t* values, int64_t count, int64_t low, int64_t high) const {
-    for (int64_t i = 0; i < count; ++i) {
+    for (int64_t i = 0; readable_ && i < count; ++i) {
       if (values[i] >= low && values[i] <= high) continue;
       throw fault(index, "holds " + std::to_string(values[i]),
                   "values of " + std::to_string(low) + " to " + std::to_string(high));
@@ -163,6 +168,7 @@ class Context {
   KernelContext* context_;
   const char* name_;
   const char* const* inputs_;
+  bool readable_;
 };
 
 // Attributes of a node.

@@ -1,86 +1,13 @@
-// The operators as ONNX Runtime sees them: names, types, checks, and the call of the kernel.
-//
-// Everything that comes from a model or a caller is checked here; the kernels trust their arguments.
+// The library of operators for processors, as ONNX Runtime loads it.
+#include "ort_operators.h"
+
 #include <cstdlib>
-#include <exception>
 
 #include "ort_caches.h"
-#include "ort_context.h"
+#include "ort_library.h"
 
 namespace sambay::ort {
 namespace {
-
-struct CausalConvWithState {
-  static constexpr const char* kName = "CausalConvWithState";
-  static constexpr const char* kInputs[] = {"x", "weight", "bias", "past_state", "lengths"};
-  static constexpr ElementType kInputTypes[] = {kFloat, kFloat, kFloat, kFloat, kInt64};
-  static constexpr ElementType kOutputTypes[] = {kFloat, kFloat};
-
-  explicit CausalConvWithState(const Attributes&) {}
-
-  void run(const Context& context, const Kernels& kernels) const {
-    CausalConv op{-1, -1, -1, -1, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr};
-    op.x = context.input<float>(0, {op.batch, op.tokens, op.channels});
-    op.weight = context.input<float>(1, {op.channels, int64_t{1}, op.taps});
-    if (op.taps < 1) throw context.fault(1, "has no taps", "one or more");
-    op.bias = context.input<float>(2, {op.channels});
-    op.past_state = context.input<float>(3, {op.batch, op.channels, op.taps - 1});
-    op.lengths = context.input<int64_t>(4, {op.batch});
-    context.check_range(4, op.lengths, op.batch, 0, op.tokens);
-    op.y = context.output<float>(0, {op.batch, op.tokens, op.channels});
-    op.present_state = context.output<float>(1, {op.batch, op.channels, op.taps - 1});
-    kernels.causal_conv_with_state(op, context.pool());
-  }
-};
-
-struct SelectiveScan {
-  static constexpr const char* kName = "SelectiveScan";
-  static constexpr const char* kInputs[] = {"x", "dt", "dt_bias", "A",      "B",
-                                            "C", "D",  "past_state", "lengths"};
-  static constexpr ElementType kInputTypes[] = {kFloat, kFloat, kFloat, kFloat, kFloat,
-                                                kFloat, kFloat, kFloat, kInt64};
-  static constexpr ElementType kOutputTypes[] = {kFloat, kFloat};
-
-  explicit SelectiveScan(const Attributes&) {}
-
-  void run(const Context& context, const Kernels& kernels) const {
-    Scan op{-1,      -1,      -1,      -1,      nullptr, nullptr, nullptr, nullptr,
-            nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr};
-    op.x = context.input<float>(0, {op.batch, op.tokens, op.channels});
-    op.dt = context.input<float>(1, {op.batch, op.tokens, op.channels});
-    op.dt_bias = context.input<float>(2, {op.channels});
-    op.A = context.input<float>(3, {op.channels, op.states});
-    op.B = context.input<float>(4, {op.batch, op.tokens, op.states});
-    op.C = context.input<float>(5, {op.batch, op.tokens, op.states});
-    op.D = context.input<float>(6, {op.channels});
-    op.past_state = context.input<float>(7, {op.batch, op.channels, op.states});
-    op.lengths = context.input<int64_t>(8, {op.batch});
-    context.check_range(8, op.lengths, op.batch, 0, op.tokens);
-    op.y = context.output<float>(0, {op.batch, op.tokens, op.channels});
-    op.present_state = context.output<float>(1, {op.batch, op.channels, op.states});
-    kernels.selective_scan(op, context.pool());
-  }
-};
-
-struct GatedMemoryUnit {
-  static constexpr const char* kName = "GatedMemoryUnit";
-  static constexpr const char* kInputs[] = {"gate", "memory"};
-  static constexpr ElementType kInputTypes[] = {kFloat, kFloat};
-  static constexpr ElementType kOutputTypes[] = {kFloat};
-
-  explicit GatedMemoryUnit(const Attributes&) {}
-
-  void run(const Context& context, const Kernels& kernels) const {
-    const std::vector<int64_t> shape = context.shape(0, kFloat), memory = context.shape(1, kFloat);
-    if (memory != shape) throw context.fault(1, "has shape " + text(memory), "that of gate, " + text(shape));
-    GatedMemory op{1, nullptr, nullptr, nullptr};
-    for (int64_t size : shape) op.size *= size;
-    op.gate = context.data_of<float>(0);
-    op.memory = context.data_of<float>(1);
-    op.output = context.output<float>(0, shape);
-    kernels.gated_memory_unit(op, context.pool());
-  }
-};
 
 struct MatMulNBits {
   static constexpr const char* kName = "MatMulNBits";
@@ -102,7 +29,8 @@ struct MatMulNBits {
     }
   }
 
-  void run(const Context& context, const Kernels& kernels) const {
+  template <class Device>
+  void run(const Context& context, const Device& device) const {
     std::vector<int64_t> shape = context.shape(0, kFloat);
     if (shape.empty() || shape.back() != K) {
       throw context.fault(0, "has shape " + text(shape), "a last size of " + std::to_string(K));
@@ -115,35 +43,11 @@ struct MatMulNBits {
     op.scales = context.input<float>(2, {N, blocks});
     shape.back() = N;
     op.y = context.output<float>(0, shape);
-    if (op.tokens > 0) kernels.matmul_nbits(op, context.pool());
+    if (op.tokens > 0) device.run(op, context);
   }
 
   int64_t K, N, bits;
   bool exact;
-};
-
-// Runs `body`; what it throws becomes a status.
-template <class Body>
-Status* guarded(const Api* api, const char* name, const Body& body) {
-  try {
-    body();
-    return nullptr;
-  } catch (const Passed& passed) {
-    return passed.status;
-  } catch (const Fault& fault) {
-    return call<CreateStatus>(api, kInvalidArgument, fault.message.c_str());
-  } catch (const std::exception& error) {
-    const std::string message = std::string(name) + " failed: " + error.what();
-    return call<CreateStatus>(api, kFail, message.c_str());
-  }
-}
-
-// A node of the graph: the operator's attributes, and the kernels for this machine.
-template <class Operator>
-struct Node {
-  Operator op;
-  const Kernels* kernels;
-  const Api* api;
 };
 
 const Kernels* chosen_kernels() {
@@ -153,42 +57,51 @@ const Kernels* chosen_kernels() {
               find_kernels(nullptr)->isa + ": unset SAMBAY_ISA"};
 }
 
-template <class Operator>
-const CustomOp* describe() {
-  static const CustomOp described = [] {
-    CustomOp op{};
-    op.version = kApiVersion;
-    op.GetName = [](const CustomOp*) { return Operator::kName; };
-    op.GetExecutionProviderType = [](const CustomOp*) -> const char* { return nullptr; };  // the CPU
-    op.GetInputType = [](const CustomOp*, size_t index) -> int { return Operator::kInputTypes[index]; };
-    op.GetInputTypeCount = [](const CustomOp*) { return std::size(Operator::kInputTypes); };
-    op.GetOutputType = [](const CustomOp*, size_t index) -> int { return Operator::kOutputTypes[index]; };
-    op.GetOutputTypeCount = [](const CustomOp*) { return std::size(Operator::kOutputTypes); };
-    op.GetInputCharacteristic = [](const CustomOp*, size_t) { return 0; };  // required
-    op.GetOutputCharacteristic = [](const CustomOp*, size_t) { return 0; };
-    op.GetInputMemoryType = [](const CustomOp*, size_t) { return 0; };  // the provider's own
-    op.GetVariadicInputMinArity = [](const CustomOp*) { return 1; };
-    op.GetVariadicInputHomogeneity = [](const CustomOp*) { return 1; };
-    op.GetVariadicOutputMinArity = [](const CustomOp*) { return 1; };
-    op.GetVariadicOutputHomogeneity = [](const CustomOp*) { return 1; };
-    op.CreateKernelV2 = [](const CustomOp*, const Api* api, const KernelInfo* info, void** kernel) {
-      return guarded(api, Operator::kName, [&] {
-        *kernel = new Node<Operator>{Operator(Attributes(api, info)), chosen_kernels(), api};
-      });
-    };
-    op.KernelComputeV2 = [](void* kernel, KernelContext* run) {
-      const auto& node = *static_cast<const Node<Operator>*>(kernel);
-      return guarded(node.api, Operator::kName, [&] {
-        node.op.run(Context(node.api, run, Operator::kName, Operator::kInputs), *node.kernels);
-      });
-    };
-    op.KernelDestroy = [](void* kernel) { delete static_cast<Node<Operator>*>(kernel); };
-    op.GetStartVersion = [](const CustomOp*) { return 1; };
-    op.GetEndVersion = [](const CustomOp*) { return 1; };
-    return op;
-  }();
-  return &described;
-}
+// Where operators run: on the CPU, with the kernels for this machine.
+struct Processor {
+  static constexpr const char* kProvider = nullptr;
+  static constexpr bool kReadable = true;
+
+  void run(const CausalConv& op, const Context& context) const {
+    kernels->causal_conv_with_state(op, context.pool());
+  }
+  void run(const Scan& op, const Context& context) const { kernels->selective_scan(op, context.pool()); }
+  void run(const GatedMemory& op, const Context& context) const {
+    kernels->gated_memory_unit(op, context.pool());
+  }
+  void run(const Append<float>& op, const Context& context) const {
+    kernels->append_key_value(op, context.pool());
+  }
+  void run(const Append<Half>& op, const Context& context) const {
+    kernels->append_key_value_half(op, context.pool());
+  }
+  void run(const Append<int8_t>& op, const Context& context) const {
+    kernels->append_quantized_key_value(op, context.pool());
+  }
+  void run(const WindowAttention<float>& op, const Context& context) const {
+    kernels->differential_attention(op, context.pool());
+  }
+  void run(const WindowAttention<Half>& op, const Context& context) const {
+    kernels->differential_attention_half(op, context.pool());
+  }
+  void run(const WindowAttention<int8_t>& op, const Context& context) const {
+    kernels->quantized_differential_attention(op, context.pool());
+  }
+  void run(const CrossAttention<float>& op, const Context& context) const {
+    kernels->differential_cross_attention(op, context.pool());
+  }
+  void run(const CrossAttention<Half>& op, const Context& context) const {
+    kernels->differential_cross_attention_half(op, context.pool());
+  }
+  void run(const CrossAttention<int8_t>& op, const Context& context) const {
+    kernels->quantized_differential_cross_attention(op, context.pool());
+  }
+  void run(const sambay::MatMulNBits& op, const Context& context) const {
+    kernels->matmul_nbits(op, context.pool());
+  }
+
+  const Kernels* kernels = chosen_kernels();
+};
 
 }  // namespace
 }  // namespace sambay::ort
@@ -196,34 +109,22 @@ const CustomOp* describe() {
 // What ONNX Runtime calls when a session registers this library.
 SAMBAY_EXPORT sambay::ort::Status* SAMBAY_ORT_CALL RegisterCustomOps(sambay::ort::SessionOptions* options,
                                                                      const sambay::ort::ApiBase* base) {
+  using namespace sambay;
   using namespace sambay::ort;
-  const Api* api = base->GetApi(kApiVersion);
-  if (!api) {  // older than 1.17: there is no table to make a status with
-    return call<CreateStatus>(base->GetApi(1), kFail, "the operators need ONNX Runtime 1.17 or newer");
-  }
-  const CustomOp* const operators[] = {
-      describe<CausalConvWithState>(),
-      describe<SelectiveScan>(),
-      describe<GatedMemoryUnit>(),
-      describe<AppendKeyValue<sambay::Half>>(),
-      describe<AppendKeyValue<float>>(),
-      describe<DifferentialAttention<sambay::Half>>(),
-      describe<DifferentialAttention<float>>(),
-      describe<DifferentialCrossAttention<sambay::Half>>(),
-      describe<DifferentialCrossAttention<float>>(),
-      describe<AppendKeyValue<int8_t>>(),
-      describe<DifferentialAttention<int8_t>>(),
-      describe<DifferentialCrossAttention<int8_t>>(),
-      describe<MatMulNBits>(),
-  };
-  static CustomOpDomain* domain = nullptr;  // one a process, never released: sessions refer to it
-  static Status* const failed = [&] {
-    Status* status = call<CreateCustomOpDomain>(api, "ai.sambay", &domain);
-    for (const CustomOp* op : operators) {
-      if (!status) status = call<CustomOpDomain_Add>(api, domain, op);
-    }
-    return status;
-  }();
-  if (failed) return call<CreateStatus>(api, kFail, "domain ai.sambay could not be made");
-  return call<AddCustomOpDomain>(api, options, domain);
+  return register_operators(options, base, kApiVersion,
+                            {
+                                describe<Processor, CausalConvWithState<>>(),
+                                describe<Processor, SelectiveScan<>>(),
+                                describe<Processor, GatedMemoryUnit<>>(),
+                                describe<Processor, AppendKeyValue<Half>>(),
+                                describe<Processor, AppendKeyValue<float>>(),
+                                describe<Processor, DifferentialAttention<Half>>(),
+                                describe<Processor, DifferentialAttention<float>>(),
+                                describe<Processor, DifferentialCrossAttention<Half>>(),
+                                describe<Processor, DifferentialCrossAttention<float>>(),
+                                describe<Processor, AppendKeyValue<int8_t>>(),
+                                describe<Processor, DifferentialAttention<int8_t>>(),
+                                describe<Processor, DifferentialCrossAttention<int8_t>>(),
+                                describe<Processor, ort::MatMulNBits>(),
+                            });
 }
