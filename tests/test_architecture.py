@@ -14,6 +14,7 @@ MAY_IMPORT = {
     "graph_passes": {"graph_passes"},
     "targets": {"targets", "graph_passes"},
     "runtime_py": {"runtime_py"},
+    "examples": set(),  # programs of others, as it were
 }
 # the modules that join the packages
 JOINS = {"export/cli.py", "export/placement.py", "export/quantization.py", "export/verify.py"}
