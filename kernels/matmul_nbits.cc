@@ -16,121 +16,129 @@ constexpr int kTileTokens = 4;           // tokens whose sums are in registers a
 constexpr int64_t kExactTokens = 8;    // up to here inputs have 15 bits in any case
 constexpr int64_t kTaskBytes = 65536;  // weights that a task of one token reads, at least
 
-// Inputs as integers. A block's 32 bytes stand as its weights do: of 4-bit weights the even inputs
-// come first (low halves), then the odd ones. `group` blocks have their first halves side by side.
-struct QuantizedInputs {
-  QuantizedInputs(const MatMulNBits& op, int planes, int64_t group, const Pool& pool);
-
-  int64_t blocks;      // whole groups
-  int64_t plane_size;  // bytes of one plane of one token
-  int planes, bits;
-  int64_t group;
-  Scratch<int8_t> bytes;     // [tokens, planes, plane_size], the high plane first
-  Scratch<float> scales;     // [tokens, blocks]
-  Scratch<int32_t> offsets;  // [tokens, blocks]: what to add to a block's sum for its centre
-
- private:
-  void quantize(const float* x, int64_t count, int8_t* out, float* scale, int32_t* offset) const;
-};
-
 inline int64_t whole_groups(int64_t inputs, int64_t group) {
   const int64_t blocks = (inputs + kQuantBlock - 1) / kQuantBlock;
   return (blocks + group - 1) / group * group;
 }
 
-QuantizedInputs::QuantizedInputs(const MatMulNBits& op, int planes, int64_t group, const Pool& pool)
-    : blocks(whole_groups(op.inputs, kGroup)),
-      plane_size(blocks * kQuantBlock),
-      planes(planes),
-      bits(op.bits),
-      group(group),
-      bytes(op.tokens * planes * plane_size),
-      scales(op.tokens * blocks),
-      offsets(op.tokens * blocks) {
-  constexpr int64_t kTokens = 16;  // of a task
-  pool((op.tokens + kTokens - 1) / kTokens, [&](int64_t task) {
-    const int64_t end = (task + 1) * kTokens < op.tokens ? (task + 1) * kTokens : op.tokens;
-    for (int64_t t = task * kTokens; t < end; ++t) {
-      for (int64_t b = 0; b < blocks; ++b) {
-        const int64_t left = op.inputs - b * kQuantBlock;
-        const int64_t place = b / group * group * kQuantBlock + b % group * (kQuantBlock / 2);
-        quantize(op.x + t * op.inputs + b * kQuantBlock, left < 0 ? 0 : left < kQuantBlock ? left : kQuantBlock,
-                 bytes.data() + t * planes * plane_size + place, scales.data() + t * blocks + b,
-                 offsets.data() + t * blocks + b);
-      }
+// Inputs as integers. A block's 32 bytes stand as its weights do: of 4-bit weights the even inputs
+// come first (low halves), then the odd ones. kGrouped blocks have their first halves side by side.
+template <int kBits, int kPlanes, int64_t kGrouped>
+struct QuantizedInputs {
+  explicit QuantizedInputs(const MatMulNBits& op)
+      : blocks(whole_groups(op.inputs, kGroup)),
+        plane_size(blocks * kQuantBlock),
+        bytes(op.tokens * kPlanes * plane_size),
+        scales(op.tokens * blocks),
+        offsets(op.tokens * blocks) {}
+
+  void quantize_token(const MatMulNBits& op, int64_t token) const {
+    const float* x = op.x + token * op.inputs;
+    for (int64_t b = 0; b < blocks; ++b) {
+      const int64_t left = op.inputs - b * kQuantBlock;
+      const int64_t place = b / kGrouped * kGrouped * kQuantBlock + b % kGrouped * (kQuantBlock / 2);
+      quantize_block(x + b * kQuantBlock, left < 0 ? 0 : left < kQuantBlock ? left : kQuantBlock,
+                     bytes.data() + token * kPlanes * plane_size + place,
+                     scales.data() + token * blocks + b, offsets.data() + token * blocks + b);
     }
-  });
-}
+  }
+
+  void quantize_block(const float* x, int64_t count, int8_t* out, float* scale, int32_t* offset) const;
+
+  int64_t blocks;            // whole groups
+  int64_t plane_size;        // bytes of one plane of one token
+  Scratch<int8_t> bytes;     // [tokens, planes, plane_size], the high plane first
+  Scratch<float> scales;     // [tokens, blocks]
+  Scratch<int32_t> offsets;  // [tokens, blocks]: what to add to a block's sum for its centre
+};
 
 // One block of `count` inputs; a NaN or an infinity makes its scale NaN.
-inline void QuantizedInputs::quantize(const float* x, int64_t count, int8_t* out, float* scale,
-                                      int32_t* offset) const {
-  alignas(64) float block[kQuantBlock] = {};
+template <int kBits, int kPlanes, int64_t kGrouped>
+inline void QuantizedInputs<kBits, kPlanes, kGrouped>::quantize_block(const float* x, int64_t count,
+                                                                      int8_t* out, float* scale,
+                                                                      int32_t* offset) const {
+  constexpr float kLimit = kPlanes == 2 ? 128.0f * kLargestInput + 63.0f : 1.0f * kLargestInput;
+  constexpr int kHalf = kQuantBlock / 2;
+  alignas(64) float block[kQuantBlock];
+  if (count < kQuantBlock) {
+    std::memset(block, 0, sizeof block);
+    for (int64_t i = 0; i < count; ++i) block[i] = x[i];
+    x = block;
+  }
   Vec most = set(0.0f), zero = set(0.0f);
-  for (int64_t i = 0; i < count; i += kWidth) {
-    const Vec some = load_some(x + i, count - i < kWidth ? count - i : kWidth);
-    store(block + i, some);
+  for (int64_t i = 0; i < kQuantBlock; i += kWidth) {
+    const Vec some = load(x + i);
     most = max(most, max(some, set(0.0f) - some));
     zero = fma(some, set(0.0f), zero);
   }
-  const float limit = planes == 2 ? 128.0f * kLargestInput + 63.0f : 1.0f * kLargestInput;
   const float top = largest(most);
-  const float inverse = top > 1e-30f ? limit / top : 0.0f;
-  *scale = (top > 1e-30f ? top / limit : 0.0f) + sum(zero);
+  const float inverse = top > 1e-30f ? kLimit / top : 0.0f;
+  *scale = (top > 1e-30f ? top / kLimit : 0.0f) + sum(zero);
 
   const Vec bias = set(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, in the low bits
   for (int64_t i = 0; i < kQuantBlock; i += kWidth) {
-    store(block + i, fma(load(block + i), set(inverse), bias));
+    store(block + i, fma(load(x + i), set(inverse), bias));
   }
-  uint32_t whole[kQuantBlock];
+  int32_t whole[kQuantBlock];
   std::memcpy(whole, block, sizeof whole);
-  int8_t parts[2][kQuantBlock];
   int32_t total = 0;
-  for (int i = 0; i < kQuantBlock; ++i) {
-    const auto value = static_cast<int32_t>(whole[i] - 0x4B400000u);
-    const auto high = static_cast<int8_t>((value + 64) >> 7);
-    const auto low = static_cast<int8_t>(planes == 2 ? value - high * 128 : value);
-    parts[0][i] = high;
-    parts[1][i] = low;
-    total += planes == 2 ? high * 128 + low : low;
+  for (int32_t& value : whole) {
+    value = static_cast<int16_t>(value);
+    total += value;
   }
-  *offset = -total * (bits == 4 ? 8 : kByteCentre);
-  for (int plane = 0; plane < planes; ++plane) {
-    const int8_t* from = parts[planes == 2 ? plane : 1];
-    int8_t* first = out + plane * plane_size;
-    int8_t* second = first + group * (kQuantBlock / 2);
-    for (int i = 0; i < kQuantBlock / 2; ++i) {
-      first[i] = bits == 4 ? from[2 * i] : from[i];
-      second[i] = bits == 4 ? from[2 * i + 1] : from[i + kQuantBlock / 2];
+  *offset = -total * (kBits == 4 ? 8 : kByteCentre);
+
+  for (int plane = 0; plane < kPlanes; ++plane) {
+    int8_t bytes_of[kQuantBlock];
+    for (int i = 0; i < kQuantBlock; ++i) {
+      const int32_t high = (whole[i] + 64) >> 7;
+      bytes_of[i] = static_cast<int8_t>(kPlanes == 1 ? whole[i] : plane == 0 ? high : whole[i] - high * 128);
+    }
+    int8_t* const first = out + plane * plane_size;
+    int8_t* const second = first + kGrouped * kHalf;
+    if (kBits == 8) {
+      std::memcpy(first, bytes_of, kHalf);
+      std::memcpy(second, bytes_of + kHalf, kHalf);
+      continue;
+    }
+    uint16_t pairs[kHalf];  // the even one in the low half: every processor here is little-endian
+    std::memcpy(pairs, bytes_of, sizeof pairs);
+    for (int i = 0; i < kHalf; ++i) {
+      first[i] = static_cast<int8_t>(pairs[i] & 0xFF);
+      second[i] = static_cast<int8_t>(pairs[i] >> 8);
     }
   }
 }
 
 // --- one token: every row of weights is read once, from its start to its end
 
-// One token's scales and offsets, lane for lane what the weights' vectors meet.
 template <int kBits>
-struct SpreadInputs {
-  static constexpr int kParts = kBits == 4 ? 1 : 2;  // vectors of sums in a group
+struct OneToken {
+  static constexpr int kSpread = kBits;  // lanes that a block's products fall into
 
-  explicit SpreadInputs(const QuantizedInputs& x)
-      : groups(x.blocks / kGroup), high(x.bytes.data()), low(high + x.plane_size),
-        scales(x.blocks * 4 * kParts), offsets(x.blocks * 4 * kParts) {
-    constexpr int kLanes = 4 * kParts;  // of a block
-    for (int64_t i = 0; i < x.blocks * kLanes; ++i) {
-      scales.data()[i] = x.scales.data()[i / kLanes];
-      offsets.data()[i] = i % kLanes ? 0 : x.offsets.data()[i / kLanes];
+  explicit OneToken(const MatMulNBits& op)
+      : quantized(op),
+        high(quantized.bytes.data()),
+        low(high + quantized.plane_size),
+        scales(quantized.blocks * kSpread),
+        offsets(quantized.blocks * kSpread) {
+    quantized.quantize_token(op, 0);
+    for (int64_t b = 0; b < quantized.blocks; ++b) {
+      for (int i = 0; i < kSpread; ++i) {
+        scales.data()[b * kSpread + i] = quantized.scales.data()[b];
+        offsets.data()[b * kSpread + i] = i ? 0 : quantized.offsets.data()[b];
+      }
     }
   }
 
-  int64_t groups;
+  QuantizedInputs<kBits, 2, kBits == 4 ? kGroup : 1> quantized;
   const int8_t *high, *low;
-  Scratch<float> scales;
+  Scratch<float> scales;  // [blocks, kSpread]: lane for lane what the weights' vectors meet
   Scratch<int32_t> offsets;
 };
 
 template <int kBits>
-inline Vec add_group(const SpreadInputs<kBits>& x, int64_t g, const uint8_t* weight, const float* scales,
+inline Vec add_group(const OneToken<kBits>& x, int64_t g, const uint8_t* weight, const float* scales,
                      Vec total) {
   const int8_t *const high = x.high + g * 2 * kBytes, *const low = x.low + g * 2 * kBytes;
   if (kBits == 4) {
@@ -157,9 +165,8 @@ inline Vec add_group(const SpreadInputs<kBits>& x, int64_t g, const uint8_t* wei
 template <int kBits>
 void one_token(const MatMulNBits& op, const Pool& pool) {
   constexpr int64_t kBlockBytes = kQuantBlock * kBits / 8, kGroupBytes = kGroup * kBlockBytes;
-  const QuantizedInputs quantized(op, 2, kBits == 4 ? kGroup : 1, pool);
   const int64_t blocks = whole_groups(op.inputs, 1), whole = blocks / kGroup, rest = blocks % kGroup;
-  const SpreadInputs<kBits> x(quantized);
+  const OneToken<kBits> x(op);
   const int64_t rows = 1 + kTaskBytes / (blocks * kBlockBytes);
   pool((op.outputs + rows - 1) / rows, [&](int64_t task) {
     const int64_t end = (task + 1) * rows < op.outputs ? (task + 1) * rows : op.outputs;
@@ -243,7 +250,7 @@ void unpack_tile(const MatMulNBits& op, int64_t output, int64_t block, WeightTil
 
 // Adds a tile's blocks to the sums of kRows tokens from `token` on.
 template <int kBits, int kPlanes, int kRows>
-inline void add_tile(const QuantizedInputs& x, const WeightTile& tile, int64_t token, int64_t block,
+inline void add_tile(const QuantizedInputs<kBits, kPlanes, 1>& x, const WeightTile& tile, int64_t token, int64_t block,
                      Vec (&sums)[kTileTokens][kTile]) {
   const int64_t row_size = kPlanes * x.plane_size;
   const int8_t* inputs = x.bytes.data() + token * row_size + block * kQuantBlock;
@@ -291,7 +298,7 @@ inline void add_tile(const QuantizedInputs& x, const WeightTile& tile, int64_t t
 }
 
 template <int kBits, int kPlanes, int kRows>
-void add_rows(const MatMulNBits& op, const QuantizedInputs& x, const WeightTile& tile, int64_t token,
+void add_rows(const MatMulNBits& op, const QuantizedInputs<kBits, kPlanes, 1>& x, const WeightTile& tile, int64_t token,
               int64_t output, int64_t block) {
   Vec sums[kTileTokens][kTile];
   const auto each_part = [&](auto body) {
@@ -312,7 +319,12 @@ void add_rows(const MatMulNBits& op, const QuantizedInputs& x, const WeightTile&
 
 template <int kBits, int kPlanes>
 void many_tokens(const MatMulNBits& op, const Pool& pool) {
-  const QuantizedInputs x(op, kPlanes, 1, pool);
+  const QuantizedInputs<kBits, kPlanes, 1> x(op);
+  constexpr int64_t kQuantizedTokens = 8;  // by one task
+  pool((op.tokens + kQuantizedTokens - 1) / kQuantizedTokens, [&](int64_t task) {
+    const int64_t end = (task + 1) * kQuantizedTokens;
+    for (int64_t t = task * kQuantizedTokens; t < end && t < op.tokens; ++t) x.quantize_token(op, t);
+  });
   constexpr int64_t kOutputs = kTile * kWidth;
   const int64_t blocks = whole_groups(op.inputs, 1);
   pool((op.outputs + kOutputs - 1) / kOutputs, [&](int64_t task) {
