@@ -2,12 +2,18 @@
 
 They are one plain shared library that ONNX Runtime loads, not a Python module. Without a C++
 compiler the installation goes on without it, and the portable operator bodies run.
+
+The operators for CUDA devices are a second library, built only when asked for:
+``python setup.py build_cuda``, or ``PHI4EXPORT_CUDA=1`` in the environment of pip.
 """
 
 import os
+import shutil
+import subprocess
 from pathlib import Path
+from typing import ClassVar
 
-from setuptools import Extension, setup
+from setuptools import Command, Extension, setup
 from setuptools.command.build_ext import build_ext
 
 KERNELS = Path("kernels")
@@ -23,12 +29,24 @@ SOURCES = (
     "ort_operators",
 )
 UNIX_ARGUMENTS = ["-std=c++17", "-O3", "-fno-math-errno", "-fvisibility=hidden"]
+CUDA_LIBRARY = "_sambay_ops_cuda"
+# Turing to Hopper, and intermediate code of the last for what comes after.
+CUDA_ARCHITECTURES = "75;80;86;89;90"
+CUDA_ARGUMENTS = ["-std=c++17", "-O3", "-t", "1", "-Werror", "all-warnings"]
 # MSVC takes every intrinsic without a flag; /EHsc: the glue turns exceptions into statuses.
 MSVC_ARGUMENTS = ["/std:c++17", "/O2", "/EHsc"]
 
 
 class BuildLibrary(build_ext):
     """Builds a library with one exported function, named alike for every Python."""
+
+    def run(self) -> None:
+        """Build the library for processors, and the one for CUDA devices if it is asked for."""
+        super().run()
+        if os.environ.get("PHI4EXPORT_CUDA") == "1":
+            build = self.get_finalized_command("build_cuda")
+            build.output = str(Path("" if self.inplace else self.build_lib, "runtime_py"))
+            self.run_command("build_cuda")
 
     def build_extension(self, ext: Extension) -> None:
         """Compile and link with the arguments of the compiler that was found."""
@@ -46,6 +64,58 @@ class BuildLibrary(build_ext):
         return str(Path(*fullname.split("."))) + suffix
 
 
+class BuildCuda(Command):
+    """Builds the operators for CUDA devices with nvcc, for Linux and Windows."""
+
+    description = "build the native operators for CUDA devices"
+    user_options: ClassVar = [
+        ("architectures=", None, f"such as 80;90; default {CUDA_ARCHITECTURES}"),
+        ("output=", None, "folder of the library; default runtime_py"),
+    ]
+
+    def initialize_options(self) -> None:
+        """Set the defaults."""
+        self.architectures, self.output = CUDA_ARCHITECTURES, "runtime_py"
+
+    def finalize_options(self) -> None:
+        """Nothing depends on other commands."""
+
+    def run(self) -> None:
+        """Compile what is older than the kernels, and link.
+
+        Raises:
+            SystemExit: there is no nvcc, or it fails.
+        """
+        nvcc = shutil.which("nvcc")
+        if nvcc is None:
+            raise SystemExit("no nvcc on the PATH: install CUDA 12 or newer, or do not ask for it")
+        numbers = self.architectures.split(";")
+        targets = [f"-gencode=arch=compute_{n},code=sm_{n}" for n in numbers]
+        targets.append(f"-gencode=arch=compute_{numbers[-1]},code=compute_{numbers[-1]}")
+        windows = os.name == "nt"
+        host = ["/O2", "/EHsc"] if windows else ["-fPIC", "-fvisibility=hidden"]
+        settings = [*CUDA_ARGUMENTS, *targets, *(f"-Xcompiler={each}" for each in host)]
+        newest = max(path.stat().st_mtime for path in KERNELS.rglob("*.*"))
+        folder = Path("build", "cuda-" + "-".join(numbers))
+        folder.mkdir(parents=True, exist_ok=True)
+        objects = []
+        for source in sorted((KERNELS / "cuda").glob("*.cu")):
+            built = folder / f"{source.stem}.o"
+            if not built.exists() or built.stat().st_mtime < newest:
+                _call(nvcc, *settings, "-c", str(source), "-o", str(built))
+            objects.append(str(built))
+        suffix = ".dll" if windows else ".so"
+        library = Path(self.output, CUDA_LIBRARY + suffix)
+        library.parent.mkdir(parents=True, exist_ok=True)
+        _call(nvcc, *targets, "-shared", *objects, "-o", str(library))
+
+
+def _call(*command: str) -> None:
+    print(" ".join(command), flush=True)
+    if subprocess.run(command).returncode:
+        raise SystemExit(f"{command[0]} failed: its message stands above")
+
+
 setup(
     ext_modules=[
         Extension(
@@ -57,5 +127,5 @@ setup(
             optional=True,
         )
     ],
-    cmdclass={"build_ext": BuildLibrary},
+    cmdclass={"build_ext": BuildLibrary, "build_cuda": BuildCuda},
 )

@@ -29,6 +29,7 @@ from export.verify_options import add_options, refuse_idle_options, settings_of
 
 if TYPE_CHECKING:
     from export.checkpoint import Checkpoint
+    from export.costs import Costs
     from export.quantization import Quantization
     from targets.target import Target
 
@@ -244,17 +245,14 @@ def _export(options: argparse.Namespace, console: Console) -> int:
     destination = options.output or Path(f"{name}-{target.name}")
     # First of all: to fetch a checkpoint from the hub may take an hour.
     check_destination(destination, force=options.force)
-    if options.size_budget is not None:
-        from targets.size_budget import parse_size
-
-        parse_size(options.size_budget)
+    budget = _budget(options)
     told = _quantization(options)
     if told is not None:
         from export.quantization import check
 
         check(target, told)
     checkpoint = open_checkpoint(source)
-    package = _write(checkpoint, name, target, destination, options, console)
+    package = _write(checkpoint, name, target, destination, options, budget, console)
     size = sum(file.stat().st_size for file in package.iterdir())
     shown = escape(str(package))
     console.print(
@@ -283,12 +281,24 @@ def _quantization(options: argparse.Namespace) -> Quantization | None:
     return Quantization(recipe=recipe, quantizer=quantizer, calibration=calibration, folder=folder)
 
 
+def _budget(options: argparse.Namespace) -> tuple[int, Costs | None] | None:
+    """Bytes the package may have, and what its weights cost; None where no size was given."""
+    if options.size_budget is None:
+        return None
+    from export.costs import read_costs
+    from targets.size_budget import parse_size
+
+    costs = None if options.costs is None else read_costs(options.costs)
+    return parse_size(options.size_budget), costs
+
+
 def _write(
     checkpoint: Checkpoint,
     name: str,
     target: Target,
     destination: Path,
     options: argparse.Namespace,
+    budget: tuple[int, Costs | None] | None,
     console: Console,
 ) -> Path:
     with hold_interrupts():
@@ -323,18 +333,14 @@ def _write(
             target = stack.enter_context(quantized_as_told(target, told, checkpoint, stage))
             stage("tracing the graph")
         model = trace(checkpoint, all_logits=options.all_logits)
-        library = library_path() if target.native and not options.portable else None
-        if options.size_budget is not None:
+        library = None if options.portable else library_path(target.provider)
+        if budget is not None:
             stage("choosing the bits of every weight")
             from export.placement import fit_to_budget
 
+            size, costs = budget
             target = fit_to_budget(
-                model,
-                target,
-                options.size_budget,
-                checkpoint=checkpoint,
-                library=library,
-                costs=options.costs,
+                model, target, size, checkpoint=checkpoint, library=library, costs=costs
             )
         stage(f"shaping it for {target.name}")
         model = run_passes(model, target.passes)

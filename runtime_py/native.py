@@ -1,4 +1,4 @@
-"""The library of native operators that was built with this package, if there is one.
+"""The libraries of native operators that were built with this package, if there are any.
 
 An operator of domain ``ai.sambay`` has a portable body in the model file; a session that registers
 the library runs native kernels instead. The answers are the same, within rounding.
@@ -11,22 +11,25 @@ import logging
 import os
 from pathlib import Path
 
-STEM = "_sambay_ops"
+CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+STEMS = {CPU: "_sambay_ops", CUDA: "_sambay_ops_cuda"}
 SUFFIXES = (".so", ".dylib", ".dll", ".pyd")
 
 
-def library_path() -> Path | None:
-    """Path of the library; None if it was not built, or if ``SAMBAY_NATIVE=0`` switches it off.
+def library_path(provider: str = CPU) -> Path | None:
+    """Path of the library for an execution provider of ONNX Runtime.
+
+    None if there is none, it was not built, or ``SAMBAY_NATIVE=0`` switches it off. A session takes
+    one of them: each defines the whole domain.
 
     Register it in a session's options:
     ``options.register_custom_ops_library(str(path))``.
     """
-    if _switched_off():
+    stem = STEMS.get(provider)
+    if stem is None or _switched_off():
         return None
-    for path in sorted(Path(__file__).parent.glob(f"{STEM}*")):
-        if path.suffix in SUFFIXES:
-            return path
-    return None
+    paths = (Path(__file__).with_name(stem + suffix) for suffix in SUFFIXES)
+    return next((path for path in paths if path.exists()), None)
 
 
 @functools.cache

@@ -80,8 +80,8 @@ def open_model(
     options.intra_op_num_threads = threads or _physical_cores()
     options.inter_op_num_threads = 1
     options.log_severity_level = 4  # an error arrives as an exception, told once
-    # It pins our operators to the CPU and knows the types of packages for the CPU.
-    library = library_path() if {*chosen, made_for} == {CPU} else None
+    # A library pins our operators to its provider and knows the types of packages for it.
+    library = library_path(made_for) if chosen[0] == made_for else None
     try:
         if library is not None:
             options.register_custom_ops_library(str(library))

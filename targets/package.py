@@ -2,7 +2,7 @@
 
 model.onnx, model.onnx.data    the graph and its weights
 genai_config.json              for ONNX Runtime GenAI, where that knows all the model's states
-sambay_ops.so, .dll, .dylib    native operators, where the target's provider is the CPU
+sambay_ops.so, .dll, .dylib    native operators, for the CPU; sambay_ops_cuda.so, .dll for CUDA
 tokenizer files                from the caller
 manifest.json                  how it was made, digests
 """
@@ -21,10 +21,10 @@ import onnx_ir as ir
 from targets.destination import MANIFEST, complete_folder
 from targets.genai import genai_config
 from targets.manifest import manifest
-from targets.target import Target
+from targets.target import CPU, CUDA, Target
 
 MODEL, DATA, GENAI = "model.onnx", "model.onnx.data", "genai_config.json"
-LIBRARY = "sambay_ops"  # and the suffix of the system it is for
+LIBRARIES = {CPU: "sambay_ops", CUDA: "sambay_ops_cuda"}  # and the suffix of the system
 
 # Smaller tensors stand in the graph itself, where shape inference finds the constants it needs.
 OUTSIDE = 1024
@@ -54,8 +54,8 @@ def write_package(
         destination: the folder to make.
         target: whose passes ran.
         facts: of the source checkpoint, for the manifest; JSON, no paths.
-        library: native operators to put in, if the target takes them; ONNX Runtime GenAI then loads
-            the package on this library's system only, every other runtime anywhere.
+        library: native operators for the target's provider, to put in if it takes any; ONNX Runtime
+            GenAI then loads the package on this library's system only, other runtimes anywhere.
         extra_files: puts further files, such as the tokenizer's, into the folder it is given.
         force: replace a package at the destination, once the new one is complete.
         progress: told the number of bytes written since it was last called; they add up to
@@ -79,7 +79,7 @@ def write_package(
         ir.save(model, folder / MODEL)
         options = dict(target.session_options)
         if library is not None and target.native:
-            options["custom_ops_library"] = LIBRARY + library.suffix
+            options["custom_ops_library"] = LIBRARIES[target.provider] + library.suffix
             shutil.copyfile(library, folder / options["custom_ops_library"])
         config = genai_config(model, MODEL, session_options=options, max_context=target.max_context)
         if config is not None:

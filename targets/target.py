@@ -8,7 +8,7 @@ from typing import Any
 
 from graph_passes.pipeline import Pass
 
-CPU = "CPUExecutionProvider"
+CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,5 +35,5 @@ class Target:
 
     @property
     def native(self) -> bool:
-        """Whether packages carry the library of native operators, which run on the CPU only."""
-        return self.provider == CPU
+        """Whether packages carry a library of native operators; only these providers take one."""
+        return self.provider in (CPU, CUDA)
