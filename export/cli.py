@@ -108,7 +108,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         metavar="DIR|ID",
         help="folder in Hugging Face layout, or a hub id; default: the small model shipped inside",
     )
-    parser.add_argument("--target", help="see --list-targets (default: cpu-int4)")
+    parser.add_argument("--target", help="see --list-targets; auto: what this machine has (default: cpu-int4)")
     parser.add_argument(
         "-o", "--output", type=Path, metavar="DIR", help="default: ./<checkpoint>-<target>"
     )

@@ -18,11 +18,15 @@ DEFAULT = cpu.INT4
 
 
 def find_target(name: str) -> Target:
-    """The target of a name.
+    """The target of a name; "auto" is the one for what the installed ONNX Runtime has.
 
     Raises:
         ValueError: there is none; the message offers the nearest names, or all.
     """
+    if name == "auto":
+        from targets.choose import choose_target  # needs the runtime, which listing does not
+
+        return choose_target()
     by_name = {target.name: target for target in TARGETS}
     if name not in by_name:
         offered = get_close_matches(name, by_name, cutoff=0.4) or list(by_name)

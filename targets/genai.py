@@ -44,6 +44,7 @@ def genai_config(
     if any(name.startswith("past_") and not _STATE.fullmatch(name) for name in pasts):
         return None
     config = json.loads(model.metadata_props["sambay.config"])
+    most = model.metadata_props.get("sambay.max_tokens")  # of one call; longer prompts are cut
     memory_layer = config["num_hidden_layers"] // 2
     tokens = {
         "bos_token_id": config["bos_token_id"],
@@ -86,6 +87,7 @@ def genai_config(
         "search": {
             "max_length": min(config["context_length"], max_context or _MAX_LENGTH, _MAX_LENGTH),
             "past_present_share_buffer": True,
+            **({"chunk_size": int(most)} if most else {}),
             **_SAMPLING,
         },
     }

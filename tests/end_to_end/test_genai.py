@@ -204,6 +204,25 @@ def test_states_are_bounded_and_changed_in_place(package: Package) -> None:
         assert past.any()
 
 
+@pytest.mark.parametrize("target", ["cuda-int4", "directml-fp16", "openvino-int4"])
+def test_packages_of_other_providers_run_on_the_cpu_with_their_prompts_cut(
+    export, target: str
+) -> None:
+    folder = export(None, target)
+    config = og.Config(str(folder))
+    config.clear_providers()
+    model, ours = og.Model(config), Session(folder, providers=["CPUExecutionProvider"])
+    parameters = og.GeneratorParams(model)
+    parameters.set_search_options(do_sample=False, max_length=2 * LENGTH)
+    generator = og.Generator(model, parameters)
+    ids = text(300)
+    generator.append_tokens(ids)
+    logits = generator.get_logits()[0]
+    np.testing.assert_allclose(logits, ours.start().step(ids), atol=0.15)
+    assert logits.argmax() == ours.start().step(ids).argmax()
+    assert not list(folder.glob("sambay_ops*"))
+
+
 @pytest.mark.skipif(library_path() is None, reason="the native operators were not built")
 def test_the_library_is_named_by_its_file_name_and_loaded(package: Package, tmp_path: Path) -> None:
     config = json.loads((package.folder / "genai_config.json").read_text())

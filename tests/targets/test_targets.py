@@ -1,5 +1,6 @@
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import onnx_ir as ir
 import pytest
@@ -7,6 +8,8 @@ import pytest
 from graph_passes.pipeline import run_passes
 from targets import DEFAULT, TARGETS, find_target
 from targets.caches import CACHES, with_cache
+from targets.choose import choose_target
+from targets.describe import page
 from targets.target import CPU, Target
 
 
@@ -24,6 +27,31 @@ def test_names_are_unique_and_found() -> None:
     assert len({target.name for target in TARGETS}) == len(TARGETS)
     assert all(find_target(target.name) is target for target in TARGETS)
     assert DEFAULT.name == "cpu-int4"
+
+
+@pytest.mark.parametrize(
+    ("providers", "name"),
+    [
+        (["CUDAExecutionProvider", "CPUExecutionProvider"], "cuda-int4"),
+        (["DmlExecutionProvider", "CPUExecutionProvider"], "directml-int4"),
+        (["DmlExecutionProvider", "CUDAExecutionProvider"], "cuda-int4"),
+        (["OpenVINOExecutionProvider", "CPUExecutionProvider"], "cpu-int4"),
+        (["AzureExecutionProvider"], "cpu-int4"),
+    ],
+)
+def test_auto_takes_the_fastest_provider_there_is(providers: list[str], name: str) -> None:
+    assert choose_target(providers).name == name
+
+
+def test_auto_is_a_target_by_name() -> None:
+    assert find_target("auto") is choose_target()
+
+
+def test_the_page_of_targets_is_made_from_the_code() -> None:
+    written = Path(__file__).parents[2] / "docs" / "targets.md"
+    assert written.read_text(encoding="utf-8") == page(), (
+        "python -m targets.describe > docs/targets.md"
+    )
 
 
 def test_an_unknown_target_offers_the_nearest() -> None:

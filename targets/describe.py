@@ -1,0 +1,82 @@
+"""The targets as a page: ``python -m targets.describe > docs/targets.md``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+
+from graph_passes.pipeline import describe_pass
+from targets import DEFAULT, TARGETS
+from targets.target import Target
+
+_HEAD = """\
+# Targets
+
+Made by `python -m targets.describe > docs/targets.md`; a test holds this page to the code.
+
+`phi4export --target NAME` writes a package for one provider of ONNX Runtime, and `--target auto`
+the 4-bit one for what the installed ONNX Runtime has. All come from one traced graph and differ
+by their passes. `python -m targets.lint PACKAGE` says by name which nodes the package's provider
+has no kernel for; it finds none in the packages of these recipes.
+
+| target | provider | caches | what it is |
+|---|---|---|---|
+"""
+
+_NOTES = """
+## What was run, and what was not
+
+Every package runs on the CPU provider in the tests, float16 ones too, and gives the logits of the
+float32 graph of the same weights (float16: within 0.15 of logits that spread by 3), one token or
+several windows a call. `openvino-int4` also runs on OpenVINO's CPU device. GenAI runs them on the
+CPU, prompts cut. CUDA, DirectML and WebGPU packages were held to the tables of these providers'
+kernels ([targets/kernels.json](../targets/kernels.json) names their sources).
+
+- A package opened by `runtime_py` without naming a provider uses the one it was made for, or says
+  what that is.
+- Where metadata `sambay.max_tokens` stands, the scan's body has no loop and takes that many
+  tokens a call; a longer call fails. `runtime_py` keeps to it. `genai_config.json` tells GenAI,
+  which cuts prompts (`chunk_size`).
+- DirectML compiles a graph for every shape it meets. Feed one row, calls of 1 and of
+  `sambay.max_tokens` tokens, and caches of a few sizes; tell the session with
+  `AddFreeDimensionOverrideByName` ("tokens", "total", "window", "capacity").
+- CUDA: every node of the step has a kernel on the device and no shape depends on a value, as
+  capturing a graph needs; `enable_cuda_graph` is "0" until it was tried on a device.
+  `ep.cuda.fpa_intb_gemm` turns the fast 4-bit kernels on.
+- WebGPU: integers (positions, masks, slots) are computed on the processor beside the device,
+  everything else on it.
+"""
+
+
+def page() -> str:
+    """The page, in Markdown."""
+    rows = "".join(f"| {_name(each)} | {_short(each)} |\n" for each in TARGETS)
+    return _HEAD + rows + _NOTES + "\n## Recipes\n" + "".join(map(_recipe, TARGETS))
+
+
+def _name(target: Target) -> str:
+    return f"`{target.name}`" + (" (default)" if target is DEFAULT else "")
+
+
+def _short(target: Target) -> str:
+    provider = target.provider.removesuffix("ExecutionProvider")
+    return f"{provider} | {target.cache} | {target.summary}"
+
+
+def _recipe(target: Target) -> str:
+    passes = "".join(f"    {describe_pass(apply)}\n" for apply in target.passes)
+    limit = f"At most {target.max_context} tokens in GenAI. " if target.max_context else ""
+    options = json.dumps(dict(target.session_options))
+    return f"\n### {target.name}\n\n{passes}\n{limit}GenAI session options: `{options}`.\n"
+
+
+def main() -> int:
+    """Print the page."""
+    argparse.ArgumentParser(prog="python -m targets.describe", description=__doc__).parse_args()
+    sys.stdout.write(page())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
