@@ -40,9 +40,8 @@ class LayerNorm(nn.LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise the last axis of x."""
-        return functional.layer_norm(
-            x, self.normalized_shape, self.weight.float(), self.bias.float(), self.eps
-        )
+        weight, bias = (None if p is None else p.float() for p in (self.weight, self.bias))
+        return functional.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
 
 
 class Mamba(nn.Module):

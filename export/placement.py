@@ -14,14 +14,15 @@ import numpy as np
 import onnx_ir as ir
 
 from export.checkpoint import Checkpoint
-from export.sensitivity import Sensitivity, matrices, rank, ranking_json, read_costs
+from export.costs import Costs
+from export.sensitivity import Sensitivity, matrices, rank, ranking_json
 from export.tokenizer import write_tokenizer
 from export.verify import read_sample, torch_threads
 from export.verify_options import Settings
 from graph_passes.block_quantization import dequantize, quantize
 from graph_passes.recipe import WeightFormat
 from runtime_py.tokenizer import Tokenizer
-from targets.size_budget import fit_target, parse_size
+from targets.size_budget import fit_target
 from targets.target import Target
 
 BITS = 4  # what weights are ranked at
@@ -66,27 +67,26 @@ def measure_sensitivity(
 def fit_to_budget(
     model: ir.Model,
     target: Target,
-    budget: str,
+    budget: int,
     *,
     checkpoint: Checkpoint,
     library: Path | None,
-    costs: Path | None,
+    costs: Costs | None,
 ) -> Target:
     """The target with the mix of bits that makes a package of a size.
 
     Args:
         model: as traced.
-        budget: such as "2.2GB".
+        budget: bytes.
         library: of native operators, if the package gets a copy.
-        costs: JSON of ``measure_sensitivity``; None takes the weights' own errors.
+        costs: of ``measure_sensitivity``; None takes the weights' own errors.
 
     Raises:
-        ValueError: no size, one that cannot be made, or a file that holds no costs.
+        ValueError: a size that cannot be made.
     """
     with tempfile.TemporaryDirectory() as folder:
         write_tokenizer(checkpoint.folder, Path(folder))
         others = sum(file.stat().st_size for file in Path(folder).iterdir())
     if library is not None:
         others += library.stat().st_size
-    measured = None if costs is None else read_costs(costs)
-    return fit_target(model, target, parse_size(budget), others=others, costs=measured)
+    return fit_target(model, target, budget, others=others, costs=costs)

@@ -7,10 +7,8 @@ size takes one layer and the rows' hidden states, and no layer is read twice.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,12 +18,11 @@ from torch import Tensor, nn
 
 from export.checkpoint import Checkpoint
 from export.compare import divergence, snr
+from export.costs import FORMAT, FORMAT_VERSION
 from export.model import Flow, Layer
 from export.reference_run import ReferenceRun, ReferenceTrack
 from export.tensors import EMBEDDING, HEAD
 from export.weights import read_weight
-
-FORMAT, FORMAT_VERSION = "sambay-sensitivity", 1
 
 _ROWS = 4  # variants run at once: 0.8 GB in a scan of 128 tokens at the published width
 _HEAD_SAMPLE = 4096  # rows of a head that its ratio is taken from
@@ -237,7 +234,7 @@ def ranking_table(found: list[Sensitivity]) -> Table:
 
 
 def ranking_json(found: list[Sensitivity], checkpoint: Checkpoint, tokens: int) -> dict[str, Any]:
-    """For other programs, and for ``read_costs``."""
+    """For other programs, and for ``export.costs``."""
     return {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -245,24 +242,3 @@ def ranking_json(found: list[Sensitivity], checkpoint: Checkpoint, tokens: int) 
         "tokens": tokens,
         "weights": [asdict(each) for each in found],
     }
-
-
-def read_costs(path: Path) -> dict[str, tuple[float, float]]:
-    """Measured divergence and weight ratio (dB) by name, from a ranking's JSON.
-
-    Raises:
-        ValueError: the file holds something else.
-    """
-    try:
-        contents = json.loads(path.read_text(encoding="utf-8"))
-        if contents["format"] != FORMAT:
-            raise ValueError(f"format is {contents['format']!r}")
-        return {
-            str(each["name"]): (float(each["kl"]), float(each["snr_db"]))
-            for each in contents["weights"]
-        }
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{path} is no ranking of weights ({error}): write one with "
-            "phi4export --sensitivity --json FILE"
-        ) from error

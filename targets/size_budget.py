@@ -26,6 +26,7 @@ from targets.recipes import recipe_of, with_recipe
 from targets.target import Target
 
 TOLERANCE = 0.01  # of the budget that may be left
+_AIM = 0.005  # that is left where it can be: sizes are known to some hundred bytes
 
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _STEPS = 10_000  # parts of the budget that sizes are counted in, for each hundred weights
@@ -105,15 +106,19 @@ def fit_target(
     )
     lowest = package_bytes(model, smallest) + others
     rest = lowest - sum(choice.options[0][1] for choice in choices)
+    sizes = {(choice.name, bits): size for choice in choices for bits, size, _ in choice.options}
     for _ in range(_TRIES):  # graph and alignment take some bytes more or less, known afterwards
-        mix = solve(choices, budget - rest, least=math.ceil(budget * (1 - TOLERANCE)) - rest)
+        for left in (_AIM, TOLERANCE):
+            mix = solve(choices, budget - rest, least=math.ceil(budget * (1 - left)) - rest)
+            if mix is not None:
+                break
         if mix is None:
             break
         fitted = with_mix(target, mix)
-        excess = package_bytes(model, fitted) + others - budget
-        if excess <= 0:
+        made = package_bytes(model, fitted) + others
+        if budget * (1 - TOLERANCE) <= made <= budget:
             return fitted
-        rest += excess
+        rest = made - sum(sizes[chosen] for chosen in mix.items())
     highest = package_bytes(model, largest) + others
     possible = f"the smallest has {_shown(lowest)}, the largest {_shown(highest)}"
     if lowest <= budget <= highest:
@@ -223,10 +228,12 @@ def with_mix(target: Target, mix: Mapping[str, Bits]) -> Target:
 
 def _measured(name: str, costs: Mapping[str, tuple[float, float]]) -> float | None:
     """Divergence for each part of relative noise; a weight's rows have its whole's."""
-    found = costs.get(name.partition(".rows_")[0])
-    if found is None:
+    if not costs:
         return None
-    divergence, ratio = found
+    stem = name.partition(".rows_")[0]
+    if stem not in costs:
+        raise BudgetError(f"the costs are of another model, they lack {stem!r}: measure this one's")
+    divergence, ratio = costs[stem]
     return float(divergence * 10 ** (ratio / 10))
 
 

@@ -12,7 +12,8 @@ from export.checkpoint import Checkpoint, open_checkpoint
 from export.cli import REFERENCE
 from export.cli import main as phi4export
 from export.compare import divergence
-from export.sensitivity import Sensitivity, matrices, rank, read_costs
+from export.costs import read_costs
+from export.sensitivity import Sensitivity, matrices, rank
 from export.weights import load_weights
 from graph_passes.block_quantization import dequantize, quantize
 from graph_passes.recipe import WeightFormat
