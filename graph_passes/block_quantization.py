@@ -156,15 +156,15 @@ def quantized_tensors(
     waiting: dict[str, list[np.ndarray]] = {}  # of the last complete pass, until they are read
 
     def parts() -> Iterator[Quantized]:
-        quantizer = _Quantizer(form, columns, calibration)
         chunks = read_float32_rows(weight)
         if form.quantizer == "gptq":
             chunks = joined_rows(chunks, _COMPENSATED_ROWS)
-        for part in chunks:
-            try:
+        try:
+            quantizer = _Quantizer(form, columns, calibration)
+            for part in chunks:
                 yield quantizer(part)
-            except ValueError as error:
-                raise ValueError(f"cannot quantize weight {weight.name!r}: {error}") from error
+        except ValueError as error:
+            raise ValueError(f"cannot quantize weight {weight.name!r}: {error}") from error
 
     def packed() -> Iterator[np.ndarray]:
         waiting.clear()
@@ -267,12 +267,24 @@ class _Quantizer:
         )
 
     def _scales(self, blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Scale and zero, float32 [rows, blocks] each, a few rows at a time."""
         form = self._form
-        if form.quantizer == "rtn":
-            return round_to_nearest(blocks, bits=form.bits, zero_points=form.zero_points)
-        return search_scales(
-            blocks, bits=form.bits, zero_points=form.zero_points, importance=self._importance
-        )
+        scale, zero = (np.empty(blocks.shape[:2], np.float32) for _ in range(2))
+        step = rows_per_chunk(blocks.shape)
+        for start in range(0, len(blocks), step):
+            part = slice(start, start + step)
+            if form.quantizer == "rtn":
+                scale[part], zero[part] = round_to_nearest(
+                    blocks[part], bits=form.bits, zero_points=form.zero_points
+                )
+            else:
+                scale[part], zero[part] = search_scales(
+                    blocks[part],
+                    bits=form.bits,
+                    zero_points=form.zero_points,
+                    importance=self._importance,
+                )
+        return scale, zero
 
 
 def _round_and_pack(

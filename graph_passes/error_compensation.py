@@ -30,15 +30,24 @@ class Compensation:
         """Factor the inverse.
 
         Args:
-            second_moments: [columns, columns], symmetric, positive semidefinite, not all zero.
+            second_moments: [columns, columns] float32, symmetric, positive semidefinite, not all
+                zero. No copy is kept: given away by the caller, it is freed before the factor is
+                computed, which takes three matrices of this size.
         """
-        moments = second_moments.astype(np.float32)  # a copy: it is worked on in place
-        diagonal = np.diagonal(moments).copy()
+        diagonal = np.diagonal(second_moments).astype(np.float32)
         if not np.isfinite(diagonal).all() or diagonal.max(initial=0) <= 0:
             raise ValueError("the second moments of its inputs are all zero, or not finite")
-        moments[np.diag_indices_from(moments)] += _DAMPING * diagonal.mean()
         self._order = np.argsort(-diagonal, kind="stable")
-        self._upper = _inverse_factor(moments[np.ix_(self._order, self._order)])
+        # Backwards, the lower factor of Cholesky's is the upper one.
+        backwards = self._order[::-1]
+        matrix = second_moments[np.ix_(backwards, backwards)]
+        del second_moments
+        matrix[np.diag_indices_from(matrix)] += np.float32(_DAMPING) * diagonal.mean()
+        lower = np.linalg.cholesky(matrix)
+        del matrix
+        self._upper = np.ascontiguousarray(lower[::-1, ::-1])
+        del lower
+        _invert_upper(self._upper)
 
     def stored(
         self,
@@ -76,15 +85,6 @@ class Compensation:
                 left[j + 1 : stop] -= upper[j, j + 1 : stop, None] * error
             left[stop:] -= upper[start:stop, stop:].T @ errors[: stop - start]
         return np.ascontiguousarray(stored.T)
-
-
-def _inverse_factor(matrix: np.ndarray) -> np.ndarray:
-    """Upper triangular U with U^T U the inverse of a positive definite matrix [n, n] float32."""
-    # Backwards, the lower factor of Cholesky's is the upper one; its inverse needs no square
-    # matrix to be inverted, a third of the work.
-    upper = np.ascontiguousarray(np.linalg.cholesky(matrix[::-1, ::-1])[::-1, ::-1])
-    _invert_upper(upper)
-    return upper
 
 
 def _invert_upper(matrix: np.ndarray) -> None:

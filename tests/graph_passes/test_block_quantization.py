@@ -276,3 +276,17 @@ def test_inputs_nobody_has_seen_cannot_be_compensated_for() -> None:
     for useless in (0, np.nan):
         with pytest.raises(ValueError, match="all zero, or not finite"):
             Compensation(np.full((4, 4), useless, np.float32))
+
+
+def test_moments_that_are_none_are_refused_by_the_weight_s_name() -> None:
+    class Silent:
+        def second_moments(self) -> np.ndarray:
+            return np.zeros((32, 32), np.float32)
+
+        def mean_squares(self) -> np.ndarray:
+            return np.zeros(32, np.float32)
+
+    weight = ir.Tensor(np.ones((4, 32), np.float32), name="layer.fc1")
+    tensors = quantized_tensors(weight, WeightFormat(quantizer="gptq"), Silent())
+    with pytest.raises(ValueError, match=r"layer\.fc1.*all zero"):
+        tensors.packed.tofile(io.BytesIO())
