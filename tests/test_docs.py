@@ -59,7 +59,7 @@ def examples() -> list[Any]:
         text = page.read_text(encoding="utf-8")
         by_needs: dict[str, list[str]] = {}
         for match in FENCE.finditer(text):
-            language, *marks = match[1].split()
+            language, *marks = match[1].split() or [""]
             if language == "python" and marks[:1] == ["runnable"]:
                 # blank lines before it, so that a traceback tells the line of the page
                 code = "\n" * text.count("\n", 0, match.start(2)) + match[2]
