@@ -195,3 +195,29 @@ CASES = (
     *(Case(op, make, cell, *rest) for cell in _FLOATS for op, make, *rest in _PLAIN),
     *(Case(op, make, torch.int8, *rest) for op, make, *rest in _QUANTIZED),
 )
+
+# What a package for CUDA has in float32 among float16 activations, by name of the operator.
+_WIDE = {
+    "SelectiveScan": (2, 3, 6, 7),
+    "DifferentialAttention": (5, 6),
+    "DifferentialCrossAttention": (3, 4),
+    "QuantizedDifferentialAttention": (7, 8),
+    "QuantizedDifferentialCrossAttention": (5, 6),
+}
+
+
+def as_activations(case: Case, sample: Sample, activation: torch.dtype) -> Sample:
+    """The sample as a package has it with these activations; caches stay as they are."""
+    caches = case.shared if case.cell else ()
+    first = next((i for i, t in enumerate(sample.tensors) if i in caches), 0)
+    scales = range(first, first + len(caches))
+    wide = {*_WIDE.get(case.op.name, ()), *scales}
+    if case.cell and not caches:  # a cross layer reads its cache only
+        wide |= set(range(1, _WIDE[case.op.name][0]))
+    return Sample(
+        tuple(
+            tensor.to(activation) if tensor.is_floating_point() and i not in wide else tensor
+            for i, tensor in enumerate(sample.tensors)
+        ),
+        sample.attributes,
+    )
