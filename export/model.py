@@ -40,8 +40,9 @@ class LayerNorm(nn.LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise the last axis of x."""
-        weight, bias = (None if p is None else p.float() for p in (self.weight, self.bias))
-        return functional.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
+        return functional.layer_norm(
+            x, self.normalized_shape, self.weight.float(), self.bias.float(), self.eps
+        )
 
 
 class Mamba(nn.Module):
@@ -66,9 +67,9 @@ class Mamba(nn.Module):
         projected = self.in_proj(x)
         inner = projected.shape[-1] // 2
         u, gate = projected[..., :inner], projected[..., inner:]
-        u, conv_state = causal_conv_with_state(
-            u, self.conv1d.weight.float(), self.conv1d.bias.float(), conv_state, lengths
-        )
+        taps, bias = self.conv1d.weight.float(), self.conv1d.bias
+        assert bias is not None
+        u, conv_state = causal_conv_with_state(u, taps, bias.float(), conv_state, lengths)
         rank, states, _ = self.sizes
         parameters = self.x_proj(u)  # [batch, tokens, rank + 2 * states]
         dt = functional.linear(parameters[..., :rank], self.dt_proj.weight.float())
