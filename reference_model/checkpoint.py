@@ -16,11 +16,11 @@ from reference_model.vocabulary import MODEL_MAX_LENGTH, write_tokenizer
 
 CONFIG = SambaYConfig(
     vocab_size=800,  # the vocabulary has a few tokens less
-    hidden_size=96,
-    intermediate_size=192,
+    hidden_size=128,
+    intermediate_size=256,
     num_hidden_layers=8,
-    num_attention_heads=6,
-    num_key_value_heads=2,
+    num_attention_heads=8,
+    num_key_value_heads=4,
     sliding_window=32,
     context_length=MODEL_MAX_LENGTH,
     max_position_embeddings=MODEL_MAX_LENGTH,

@@ -1,4 +1,5 @@
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from export.config import read_config
 from export.weights import load_weights
 from reference_model.batches import Encoder, stack
 from reference_model.checkpoint import CONFIG, write_checkpoint
-from reference_model.tasks import BookShape, Turn
+from reference_model.tasks import BookShape, Turn, work_out
 from reference_model.train import exact, initialise, loss_of, rate, train
 from reference_model.vocabulary import build_tokenizer
 from runtime_py.tokenizer import Tokenizer
@@ -33,12 +34,12 @@ def encoder():
 
 def test_a_resumed_run_equals_one_without_a_stop(tmp_path, monkeypatch):
     monkeypatch.setattr(training, "TOKENS", ((0, 96, 96), (3, 48, 96)))
-    monkeypatch.setattr(training, "ROW", 48)
+    monkeypatch.setattr(training, "ROWS", ((0, 48),))
     monkeypatch.setattr(training, "SAVE", 2)
     monkeypatch.setattr(training, "BOOKS", (BookShape(2, words=1, digits=1, questions=2),))
-    whole = train(tmp_path / "whole", 4, until=4, resume=False, device="cpu")
-    train(tmp_path / "parts", 4, until=2, resume=False, device="cpu")
-    resumed = train(tmp_path / "parts", 4, until=4, resume=True, device="cpu")
+    whole = train(tmp_path / "whole", until=4, resume=False, device="cpu")
+    train(tmp_path / "parts", until=2, resume=False, device="cpu")
+    resumed = train(tmp_path / "parts", until=4, resume=True, device="cpu")
     for name, value in whole.state_dict().items():
         torch.testing.assert_close(resumed.state_dict()[name], value, rtol=0, atol=0)
     log = (tmp_path / "parts" / "training_log.jsonl").read_text(encoding="utf-8")
@@ -46,9 +47,15 @@ def test_a_resumed_run_equals_one_without_a_stop(tmp_path, monkeypatch):
 
 
 def test_the_learning_rate_rises_stays_and_falls_to_nothing():
-    rates = [rate(step, 1_000) for step in range(1_001)]
-    assert rates[0] < rates[40] < rates[200] == rates[600] == training.LEARNING_RATE
-    assert rates[1_000] == 0
+    rates = [rate(step) for step in range(training.STEPS + 1)]
+    assert rates[0] < rates[40] < rates[200] == rates[2_000] == training.LEARNING_RATE
+    assert rates[2_100] > rates[2_500] > rates[2_999] > 0
+    assert rates[3_000] == training.LAST_RATE > rates[3_100] > 0 == rates[training.STEPS]
+
+
+def test_the_last_rows_hold_the_longest_turn_whole(encoder):
+    longest = Turn("How much is 1234 minus 9876?", work_out(1234, "-", 9876))
+    assert len(encoder.row([longest])[0]) <= training.ROWS[-1][1]
 
 
 def test_loss_and_exactness_ignore_what_is_not_an_answer(encoder):
@@ -102,6 +109,8 @@ def test_the_shipped_chat_template_writes_what_training_saw(encoder):
 
 def test_the_shipped_checkpoint_is_small_and_ends_its_answers():
     checkpoint = open_checkpoint(SHIPPED)
+    parameters = sum(math.prod(tensor.shape) for tensor in checkpoint.tensors.values())
+    assert 1_000_000 < parameters < 8_000_000
     assert checkpoint.total_bytes < 4_000_000
     end = Tokenizer(SHIPPED).encode("<|end|>")[0]
     assert checkpoint.config.eos_token_ids[0] == end
