@@ -15,12 +15,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import onnx_ir as ir
 
-from graph_passes.error_compensation import Compensation
+from graph_passes.error_compensation import Calibration, Compensation
 from graph_passes.recipe import WeightFormat
 from graph_passes.scale_search import round_to_nearest, search_scales
 from graph_passes.streamed_tensor import (
@@ -39,18 +38,6 @@ _LEAST_IMPORTANCE = np.float32(0.01)  # of a column, as a share of the mean
 
 # Rows that errors are compensated in at once: the loop over columns costs the same for few.
 _COMPENSATED_ROWS = 2048
-
-
-class Calibration(Protocol):
-    """What is known of a linear layer's inputs x."""
-
-    def second_moments(self) -> np.ndarray:
-        """Mean of x x^T, [columns, columns] float32, symmetric, not all zero."""
-        ...
-
-    def mean_squares(self) -> np.ndarray:
-        """The diagonal of it, [columns] float32."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,7 +220,7 @@ class _Quantizer:
         importance = np.pad(importance, (0, self._missing))
         self._importance = importance.reshape(self._blocks, form.block_size)
         if form.quantizer == "gptq":
-            self._compensation = Compensation(calibration.second_moments())
+            self._compensation = Compensation(calibration)
 
     def __call__(self, rows: np.ndarray) -> Quantized:
         """Quantize rows [any, columns] float32."""

@@ -12,6 +12,8 @@ Source: GPTQ (arXiv 2210.17323), with its "act order"; scales are found before, 
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import numpy as np
 
 # Added to the diagonal, as a share of its mean: few tokens leave H singular.
@@ -20,34 +22,39 @@ _DAMPING = 0.01
 # Columns whose changes are applied to the rest at once, as one product of matrices.
 _LAZY = 64
 
-_SMALL = 128  # side of a triangle that is inverted directly
+_SMALL = 128  # side of a matrix that is factored directly
+
+
+class Calibration(Protocol):
+    """What is known of a linear layer's inputs x."""
+
+    def second_moments(self) -> np.ndarray:
+        """Mean of x x^T, [columns, columns] float32, symmetric, not all zero."""
+        ...
+
+    def mean_squares(self) -> np.ndarray:
+        """The diagonal of it, [columns] float32."""
+        ...
 
 
 class Compensation:
     """Rounds rows of matrices that share their inputs."""
 
-    def __init__(self, second_moments: np.ndarray) -> None:
-        """Factor the inverse.
+    def __init__(self, calibration: Calibration) -> None:
+        """Factor the inverse of the second moments; takes the memory of two such matrices.
 
-        Args:
-            second_moments: [columns, columns] float32, symmetric, positive semidefinite, not all
-                zero. No copy is kept: given away by the caller, it is freed before the factor is
-                computed, which takes three matrices of this size.
+        Raises:
+            ValueError: they are all zero, not finite or no moments.
         """
-        diagonal = np.diagonal(second_moments).astype(np.float32)
+        moments = calibration.second_moments()
+        diagonal = np.diagonal(moments).astype(np.float32)
         if not np.isfinite(diagonal).all() or diagonal.max(initial=0) <= 0:
             raise ValueError("the second moments of its inputs are all zero, or not finite")
         self._order = np.argsort(-diagonal, kind="stable")
-        # Backwards, the lower factor of Cholesky's is the upper one.
-        backwards = self._order[::-1]
-        matrix = second_moments[np.ix_(backwards, backwards)]
-        del second_moments
-        matrix[np.diag_indices_from(matrix)] += np.float32(_DAMPING) * diagonal.mean()
-        lower = np.linalg.cholesky(matrix)
-        del matrix
-        self._upper = np.ascontiguousarray(lower[::-1, ::-1])
-        del lower
-        _invert_upper(self._upper)
+        self._upper = moments[np.ix_(self._order, self._order)]
+        del moments
+        self._upper[np.diag_indices_from(self._upper)] += np.float32(_DAMPING) * diagonal.mean()
+        _factor_inverse(self._upper)
 
     def stored(
         self,
@@ -87,14 +94,23 @@ class Compensation:
         return np.ascontiguousarray(stored.T)
 
 
-def _invert_upper(matrix: np.ndarray) -> None:
-    """Invert an upper triangular matrix in place, halves first."""
+def _factor_inverse(matrix: np.ndarray) -> None:
+    """Replace a positive definite matrix by the upper triangular U with U^T U its inverse.
+
+    By halves, as products of matrices. numpy's own Cholesky computes in float64: twice the time,
+    and eight times the memory.
+    """
     side = len(matrix)
     if side <= _SMALL:
-        matrix[:] = np.triu(np.linalg.inv(matrix))
+        # Backwards, the lower factor of Cholesky's is an upper one, R with R R^T the matrix.
+        upper = np.linalg.cholesky(matrix[::-1, ::-1])[::-1, ::-1]
+        matrix[:] = np.triu(np.linalg.inv(upper))
         return
     half = side // 2
-    first, second, corner = matrix[:half, :half], matrix[half:, half:], matrix[:half, half:]
-    _invert_upper(first)
-    _invert_upper(second)
-    corner[:] = -(first @ corner) @ second
+    first, corner, second = matrix[:half, :half], matrix[:half, half:], matrix[half:, half:]
+    _factor_inverse(second)
+    shared = corner @ second.T  # the corner of R
+    first -= shared @ shared.T
+    _factor_inverse(first)
+    np.matmul(first @ shared, -second, out=corner)
+    matrix[half:, :half] = 0

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from graph_passes.block_quantization import Calibration, QuantizedTensors, quantized_tensors
+from graph_passes.block_quantization import QuantizedTensors, quantized_tensors
+from graph_passes.error_compensation import Calibration
 from graph_passes.fold_weight_transposes import transposed_tensor
 from graph_passes.pipeline import graph_pass
 from graph_passes.recipe import Rule, WeightFormat, choose_formats

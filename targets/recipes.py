@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-from graph_passes.block_quantization import Calibration
+from graph_passes.error_compensation import Calibration
 from graph_passes.pipeline import Pass
 from graph_passes.quantize_embedding import quantize_embedding
 from graph_passes.quantize_matmul import quantize_matmul

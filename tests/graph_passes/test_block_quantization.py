@@ -273,20 +273,32 @@ def test_inputs_nobody_has_seen_cannot_be_compensated_for() -> None:
             ir.Tensor(np.ones((4, 32), np.float32), name="layer.fc1"),
             WeightFormat(quantizer="gptq"),
         )
-    for useless in (0, np.nan):
-        with pytest.raises(ValueError, match="all zero, or not finite"):
-            Compensation(np.full((4, 4), useless, np.float32))
 
 
-def test_moments_that_are_none_are_refused_by_the_weight_s_name() -> None:
-    class Silent:
+@pytest.mark.parametrize(
+    ("value", "message"), [(0, "all zero"), (np.nan, "not finite"), (-1, "all zero")]
+)
+def test_moments_that_are_none_are_refused_by_the_weight_s_name(value: float, message: str) -> None:
+    class Useless:
         def second_moments(self) -> np.ndarray:
-            return np.zeros((32, 32), np.float32)
+            return np.full((32, 32), value, np.float32)
 
         def mean_squares(self) -> np.ndarray:
-            return np.zeros(32, np.float32)
+            return np.full(32, 1, np.float32)
 
     weight = ir.Tensor(np.ones((4, 32), np.float32), name="layer.fc1")
-    tensors = quantized_tensors(weight, WeightFormat(quantizer="gptq"), Silent())
-    with pytest.raises(ValueError, match=r"layer\.fc1.*all zero"):
+    tensors = quantized_tensors(weight, WeightFormat(quantizer="gptq"), Useless())
+    with pytest.raises(ValueError, match=rf"layer\.fc1.*{message}"):
         tensors.packed.tofile(io.BytesIO())
+
+
+@pytest.mark.parametrize("columns", [1, 100, 300, 513])
+def test_the_factor_is_that_of_the_inverse(columns: int) -> None:
+    inputs = correlated_inputs(columns * 4)
+    compensation = Compensation(Inputs(inputs.x[:, :columns]))
+    upper, order = compensation._upper.astype(np.float64), compensation._order
+    moments = inputs.x[:, :columns].T @ inputs.x[:, :columns] / len(inputs.x)
+    damped = moments + 0.01 * np.diagonal(moments).mean() * np.eye(columns)
+    assert (np.tril(upper, -1) == 0).all()
+    product = upper.T @ upper @ damped[np.ix_(order, order)]
+    np.testing.assert_allclose(product, np.eye(columns), atol=2e-3)
