@@ -58,6 +58,17 @@ def read_bandwidth(threads: int, size: int = 1 << 30, rounds: int = 8) -> float:
     return size / best
 
 
+def gemm_rate(size: int = 1536, rounds: int = 8) -> float:
+    """Operations a second of numpy's float32 matrix product, best of `rounds`, its own threads."""
+    a = np.ones((size, size), np.float32)
+    best = float("inf")
+    for _ in range(rounds):
+        begin = time.perf_counter()
+        a @ a
+        best = min(best, time.perf_counter() - begin)
+    return float(2 * size**3 / best)
+
+
 def summarize(seconds: list[float]) -> dict[str, float]:
     """Minimum and median in milliseconds, and how many there were."""
     return {
