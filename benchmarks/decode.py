@@ -27,9 +27,13 @@ def sequence_at(session: Session, depth: int) -> Sequence:
     """A sequence that looks as if `depth` tokens had been fed; its states are noise."""
     buffers = session.buffers(1, depth + 256)
     rng = np.random.default_rng(0)
-    for array in buffers.arrays:
-        noise = rng.standard_normal(1 << 16).astype(np.float32) * 0.1
-        array[...] = np.resize(noise, array.shape)
+    for state, array in zip(session.states, buffers.arrays, strict=True):
+        noise = rng.standard_normal(1 << 16) * 0.1
+        if array.dtype == np.int8:
+            noise = np.clip(noise * 400, -127, 127)
+        elif state.past.endswith("_scale"):
+            noise = np.full_like(noise, 0.1 / 40)
+        array[...] = np.resize(noise.astype(array.dtype), array.shape)
     buffers.mask[:, :depth] = 1
     return Sequence(session, buffers, depth)
 
@@ -78,18 +82,20 @@ def main(arguments: list[str] | None = None) -> int:
         figures = summarize(measure(session, depth, options.seconds))
         read = weights + cache_bytes(session, depth)
         limit = read / machine["read_bandwidth_GB_s"] / 1e6
-        rows.append({"depth": depth, **figures, "limit_ms": round(limit, 1)})
+        states = session.buffers(1, depth).state_bytes
+        row = {"depth": depth, **figures, "limit_ms": round(limit, 1), "state_bytes": states}
+        rows.append(row)
     result = {
         "machine": machine,
         "load_s": round(load, 1),
         "weights_bytes": weights,
         "depths": rows,
     }
-    table = Table("depth", "min ms", "median ms", "bus limit ms", "limit / min")
+    table = Table("depth", "min ms", "median ms", "bus limit ms", "limit / min", "states MB")
     for row in rows:
         share = row["limit_ms"] / row["min_ms"]
         values = (row["depth"], row["min_ms"], row["median_ms"], row["limit_ms"], f"{share:.2f}")
-        table.add_row(*map(str, values))
+        table.add_row(*map(str, values), f"{row['state_bytes'] / 1e6:.1f}")
     console = Console(stderr=True)
     console.print(machine, table, f"load {load:.1f} s, weights {weights / 1e9:.2f} GB")
     if options.json:
