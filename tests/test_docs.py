@@ -19,7 +19,7 @@ SCRIPTS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 FOLDERS = (
     "export|graph_passes|targets|runtime_py|kernels|tests|docs|benchmarks|examples|reference_model"
 )
-BUILT = {"runtime_py/_sambay_ops.so", "benchmarks/results/"}
+BUILT = {"runtime_py/_sambay_ops.so", "runtime_py/_sambay_ops_cuda.so", "benchmarks/results/"}
 
 FENCE = re.compile(r"^```([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
