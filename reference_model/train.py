@@ -152,7 +152,7 @@ def references() -> mock._patch:
 
 
 def rate(step: int) -> float:
-    """Learning rate of a step: a short rise, a plateau, a straight fall; then a small second one."""
+    """Learning rate of a step: a short rise, a plateau, a straight fall, and a small second one."""
     if step >= END:
         return LAST_RATE * (STEPS - step) / (STEPS - END)
     return LEARNING_RATE * min(1.0, (step + 1) / WARM_UP, (END - step) / (END - FALL))
