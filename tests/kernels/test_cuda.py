@@ -186,7 +186,7 @@ def test_wrong_shapes_end_in_an_error_that_names_the_input(open_case: Open, case
 
 @pytest.mark.nvcc
 def test_nvcc_compiles_every_kernel_without_a_warning(tmp_path: Path) -> None:
-    """For every architecture; the library then loads where there is no GPU, and bodies run."""
+    """For every architecture; the library then loads anywhere, and takes nodes on a GPU alone."""
     if shutil.which("nvcc") is None:
         pytest.skip("no nvcc on the PATH")
     command = [sys.executable, "setup.py", "-q", "build_cuda", "--output", str(tmp_path)]
@@ -200,5 +200,5 @@ def test_nvcc_compiles_every_kernel_without_a_warning(tmp_path: Path) -> None:
     options.register_custom_ops_library(str(library))
     outputs = reference_outputs(case.op, sample)
     model = as_model(case.op, kinds_of(sample.tensors), kinds_of(outputs), sample.attributes)
-    session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    check(run(session, sample), outputs)
+    with pytest.raises(Exception, match=f"an implementation for {case.op.name}"):
+        ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
