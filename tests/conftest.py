@@ -1,5 +1,6 @@
 """The two ways to run a checkpoint that must agree: the torch model, and an exported package."""
 
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from runtime_py import Session
 from runtime_py.native import library_path
 
 GOLDEN = Path(__file__).parent / "golden"
+# What a shell runs in the background ignores Ctrl-C, and so would the programs under test.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)  # the tensors are small: a second thread only waits
 
 
