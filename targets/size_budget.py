@@ -1,4 +1,4 @@
-"""Choose the bits of every weight so that a package has a given size and loses least.
+"""Choose how every weight is stored so that a package has a given size and loses least.
 
 A weight costs bytes and error. The mix is the cheapest in error among those within the budget,
 exactly but for the rounding of sizes to ten-thousandths of it: a multiple-choice knapsack.
@@ -19,7 +19,7 @@ import onnx_ir as ir
 from graph_passes.block_quantization import dequantize, quantize
 from graph_passes.pipeline import describe_pass, run_passes
 from graph_passes.quantize_matmul import find_linear_layers
-from graph_passes.recipe import BITS, Recipe, WeightFormat
+from graph_passes.recipe import Recipe, Storage, WeightFormat
 from graph_passes.streamed_tensor import release, to_float32
 from targets.package import OUTSIDE, alignment
 from targets.recipes import recipe_of, with_recipe
@@ -30,13 +30,15 @@ _AIM = 0.005  # that is left where it can be: sizes are known to some hundred by
 
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _STEPS = 10_000  # parts of the budget that sizes are counted in, for each hundred weights
+# Bits and block size, smallest first: a larger block shares its scale among more weights.
+_FORMATS = ((4, 128), (4, 64), (4, 32), (8, 32))
 _TRIES = 6
 _MANIFEST = 4096  # bytes of genai_config.json and of the manifest, about, without its passes
 _SAMPLE = 64  # rows of a weight that its error is estimated from
 _STEERS_THE_SCAN = re.compile(r"\.(x_proj|dt_proj)\.")  # an error in a step size lasts
 EMBEDDING = "embedding"  # stands for it and the head tied to it
 
-Bits = int | None  # None: float32
+Form = WeightFormat | None  # None: float32
 
 
 class BudgetError(ValueError):
@@ -49,11 +51,11 @@ class Choice:
 
     Attributes:
         name: of the initializer; ``embedding`` for the embedding and the head tied to it.
-        options: (bits, bytes, cost), smallest first.
+        options: (format, bytes, cost), smallest first.
     """
 
     name: str
-    options: tuple[tuple[Bits, int, float], ...]
+    options: tuple[tuple[Form, int, float], ...]
 
 
 def parse_size(text: str) -> int:
@@ -106,7 +108,7 @@ def fit_target(
     )
     lowest = package_bytes(model, smallest) + others
     rest = lowest - sum(choice.options[0][1] for choice in choices)
-    sizes = {(choice.name, bits): size for choice in choices for bits, size, _ in choice.options}
+    sizes = {(choice.name, form): size for choice in choices for form, size, _ in choice.options}
     for _ in range(_TRIES):  # graph and alignment take some bytes more or less, known afterwards
         for left in (_AIM, TOLERANCE):
             mix = solve(choices, budget - rest, least=math.ceil(budget * (1 - left)) - rest)
@@ -161,23 +163,24 @@ def find_choices(
         if key in choices or (tied and recipe.embedding is None):
             continue
         rows, columns = path.tensor.shape.numpy()
-        bits = [each for each in BITS if each > 4 or not _STEERS_THE_SCAN.search(name)]
+        basis = recipe.embedding if tied else recipe.default
+        assert basis is not None
         measured = _measured(name, costs)
-        options: list[tuple[Bits, int, float]] = []
-        for each in bits:
-            basis = recipe.embedding if tied else recipe.default
-            assert basis is not None
-            form = dataclasses.replace(basis, bits=each, quantizer="rtn")
-            noise = _relative_noise(path.tensor, form)
+        options: list[tuple[Form, int, float]] = []
+        for bits, block_size in _FORMATS:
+            if bits == 4 and _STEERS_THE_SCAN.search(name):
+                continue
+            form = dataclasses.replace(basis, bits=bits, block_size=block_size)
+            noise = _relative_noise(path.tensor, dataclasses.replace(form, quantizer="rtn"))
             cost = noise * readers(name) if measured is None else measured * noise
-            options.append((each, form.bytes_of(rows, columns), cost))
+            options.append((form, form.bytes_of(rows, columns), cost))
         if not tied:  # the embedding as float would be read by another operator
             options.append((None, 4 * rows * columns, 0.0))
         choices[key] = Choice(key, tuple(options))
     return list(choices.values())
 
 
-def solve(choices: Sequence[Choice], budget: int, *, least: int = 0) -> dict[str, Bits] | None:
+def solve(choices: Sequence[Choice], budget: int, *, least: int = 0) -> dict[str, Form] | None:
     """The mix of least cost whose bytes lie between two bounds; None where there is none."""
     if budget <= 0:
         return None
@@ -203,26 +206,29 @@ def solve(choices: Sequence[Choice], budget: int, *, least: int = 0) -> dict[str
     if not np.isfinite(best[first:]).any():
         return None
     at = first + int(best[first:].argmin())
-    mix: dict[str, Bits] = {}
+    mix: dict[str, Form] = {}
     for choice, chosen in zip(reversed(choices), reversed(taken), strict=True):
-        bits, size, _ = choice.options[int(chosen[at])]
-        mix[choice.name] = bits
+        form, size, _ = choice.options[int(chosen[at])]
+        mix[choice.name] = form
         at -= -(-size // step)
     return mix
 
 
-def with_mix(target: Target, mix: Mapping[str, Bits]) -> Target:
-    """The target with every weight's bits as a rule of its own; rules it had are replaced."""
+def with_mix(target: Target, mix: Mapping[str, Form]) -> Target:
+    """The target with every weight's format as a rule of its own; rules it had are replaced."""
     recipe = recipe_of(target)
     assert recipe is not None
+    default = recipe.default
+
+    def told(form: Form) -> Storage:
+        """The number of bits says all where nothing else differs from the default."""
+        same = form is not None and form == dataclasses.replace(default, bits=form.bits)
+        return form.bits if form is not None and same else form
+
     rules = tuple(
-        (name, bits)
-        for name, bits in mix.items()
-        if name != EMBEDDING and bits != recipe.default.bits
+        (name, told(form)) for name, form in mix.items() if name != EMBEDDING and form != default
     )
-    embedding, bits = recipe.embedding, mix.get(EMBEDDING)
-    if embedding is not None and bits is not None:
-        embedding = dataclasses.replace(embedding, bits=bits)
+    embedding = mix.get(EMBEDDING, recipe.embedding)
     return with_recipe(target, dataclasses.replace(recipe, embedding=embedding, rules=rules))
 
 
