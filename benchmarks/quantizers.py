@@ -10,6 +10,7 @@ and the quantized matrix. Memory is what the process grows by at its peak, in by
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import io
 import json
@@ -171,7 +172,8 @@ def quantize_theirs(path: str, algorithm: str, form: WeightFormat) -> tuple[byte
         accuracy_level=1,
         algo_config=config,
     )
-    quantizer.process()
+    with contextlib.redirect_stdout(io.StringIO()):  # k-quant draws a progress bar
+        quantizer.process()
     proto = getattr(quantizer.model, "model", quantizer.model)
     node = next(node for node in proto.graph.node if node.op_type == "MatMulNBits")
     tensors = [tensor for tensor in proto.graph.initializer if tensor.name in node.input]
