@@ -2,7 +2,6 @@
 //
 // The interface is append-only: an entry keeps its place in OrtApi for ever, so a library that asks for
 // version 17 (the first with ParallelFor for custom operators) runs in every later ONNX Runtime.
-// tests/kernels/ort_abi_check.cc compares everything here with the official header where there is one.
 #pragma once
 
 #include <cstddef>
