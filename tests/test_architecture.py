@@ -17,7 +17,13 @@ MAY_IMPORT = {
     "examples": set(),  # programs of others, as it were
 }
 # the modules that join the packages
-JOINS = {"export/cli.py", "export/placement.py", "export/quantization.py", "export/verify.py"}
+JOINS = {
+    "export/cli.py",
+    "export/olive_passes.py",
+    "export/placement.py",
+    "export/quantization.py",
+    "export/verify.py",
+}
 HEAVY = {"torch", "onnx", "onnx_ir", "onnxscript", "ml_dtypes", "transformers"}
 FORBIDDEN = {"graph_passes": {"torch"}, "targets": {"torch"}, "runtime_py": HEAVY}
 
