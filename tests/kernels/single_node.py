@@ -123,7 +123,8 @@ def run_in_place(
     """Outputs, where output ``shared[i]`` is the memory of input i, as the runtime binds it."""
     binding = session.io_binding()
     arrays = [tensor.numpy().copy() for tensor in sample.tensors]  # an OrtValue keeps none alive
-    values = [ort.OrtValue.ortvalue_from_numpy(array) for array in arrays]
+    device = "cuda" if "CUDAExecutionProvider" in session.get_providers() else "cpu"
+    values = [ort.OrtValue.ortvalue_from_numpy(array, device) for array in arrays]
     for i, value in enumerate(values):
         binding.bind_ortvalue_input(f"in{i}", value)
     there = {output: values[i] for i, output in shared.items()}
