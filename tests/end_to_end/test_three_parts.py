@@ -30,8 +30,8 @@ from tests.end_to_end.three_parts import ThreeParts
 PYTHON = os.environ.get("QNN_PYTHON")
 PREFILL, WINDOW = 64, 32
 
-# Of logits whose standard deviation is 2.3 to 4.2. The HTP computes residual stream and scan in float16 too: 0.18 was
-# seen, where targets that keep those in float32 stay within 0.15.
+# Of logits whose standard deviation is 2.3 to 4.2. The HTP computes residual stream and scan in
+# float16 too: 0.18 was seen, where targets that keep those in float32 stay within 0.15.
 CLOSE = 0.3
 
 
