@@ -254,6 +254,15 @@ inline Ints add_products(Ints sum, Bytes weight, Bytes input) {
 #endif
 }
 
+// Whether a block's sum may start with numbers of its own instead of zeros.
+#if !defined(SAMBAY_DOT) && (defined(SAMBAY_AVX512) || defined(SAMBAY_AVX2))
+template <int kBits>
+constexpr bool kSumsStartAnywhere = kBits == 8;
+#else
+template <int kBits>
+constexpr bool kSumsStartAnywhere = true;
+#endif
+
 template <int kBits>
 inline Ints whole_sum(Ints sum) {
 #if !defined(SAMBAY_DOT) && defined(SAMBAY_AVX512)

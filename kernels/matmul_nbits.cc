@@ -14,6 +14,7 @@ constexpr int kChunk = 16;             // blocks unpacked at once: the tile and 
 constexpr int kTile = 2;               // vectors of outputs that a task computes
 constexpr int kTileTokens = 4;           // tokens whose sums are in registers at once
 constexpr int64_t kExactTokens = 8;    // up to here inputs have 15 bits in any case
+constexpr int64_t kRowsAtOnce = 2;     // of weights, that one token meets
 constexpr int64_t kTaskBytes = 65536;  // weights that a task of one token reads, at least
 
 inline int64_t whole_groups(int64_t inputs, int64_t group) {
@@ -137,59 +138,73 @@ struct OneToken {
   Scratch<int32_t> offsets;
 };
 
-template <int kBits>
-inline Vec add_group(const OneToken<kBits>& x, int64_t g, const uint8_t* weight, const float* scales,
-                     Vec total) {
+// Adds one group of blocks to the sums of kRows rows of weights.
+template <int kBits, int kRows>
+inline void add_group(const OneToken<kBits>& x, int64_t g, const uint8_t* weight, int64_t row_bytes,
+                      const float* scales, int64_t row_scales, Vec (&totals)[kRows]) {
+  constexpr int kParts = kBits / 4, kLanes = kParts * kWidth;
   const int8_t *const high = x.high + g * 2 * kBytes, *const low = x.low + g * 2 * kBytes;
-  if (kBits == 4) {
-    const Bytes packed = load_bytes(weight), even = low_halves(packed), odd = high_halves(packed);
-    const auto dot = [&](const int8_t* inputs) {
-      const Ints half = add_products<4>(set_ints(0), even, load_bytes(inputs));
-      return whole_sum<4>(add_products<4>(half, odd, load_bytes(inputs + kBytes)));
-    };
-    const Ints sum = times_128(dot(high)) + dot(low) + load_ints(x.offsets.data() + g * kWidth);
-    return fma(to_floats(sum), repeat_by_four(scales) * load(x.scales.data() + g * kWidth), total);
+  for (int part = 0; part < kParts; ++part) {
+    const Ints offset = load_ints(x.offsets.data() + g * kLanes + part * kWidth);
+    const Vec input_scale = load(x.scales.data() + g * kLanes + part * kWidth);
+    for (int r = 0; r < kRows; ++r) {
+      const Bytes stored = load_bytes(weight + r * row_bytes + part * kBytes);
+      const auto dot = [&](Ints sum, const int8_t* inputs) {
+        if (kBits == 8) return add_products<kBits>(sum, stored, load_bytes(inputs + part * kBytes));
+        sum = add_products<kBits>(sum, low_halves(stored), load_bytes(inputs));
+        return add_products<kBits>(sum, high_halves(stored), load_bytes(inputs + kBytes));
+      };
+      Ints sum = times_128(whole_sum<kBits>(dot(set_ints(0), high)));
+      if (kSumsStartAnywhere<kBits>) {
+        sum = sum + whole_sum<kBits>(dot(offset, low));
+      } else {
+        sum = sum + whole_sum<kBits>(dot(set_ints(0), low)) + offset;
+      }
+      const float* const row = scales + r * row_scales;
+      const Vec scale = kBits == 4 ? repeat_by_four(row) : repeat_by_eight(row, part);
+      totals[r] = fma(to_floats(sum), scale * input_scale, totals[r]);
+    }
   }
-  for (int part = 0; part < 2; ++part) {
-    const Bytes stored = load_bytes(weight + part * kBytes);
-    const auto dot = [&](const int8_t* inputs) {
-      return whole_sum<8>(add_products<8>(set_ints(0), stored, load_bytes(inputs + part * kBytes)));
-    };
-    const int64_t lane = (2 * g + part) * kWidth;
-    const Ints sum = times_128(dot(high)) + dot(low) + load_ints(x.offsets.data() + lane);
-    total = fma(to_floats(sum), repeat_by_eight(scales, part) * load(x.scales.data() + lane), total);
+}
+
+template <int kBits, int kRows>
+void dot_rows(const MatMulNBits& op, const OneToken<kBits>& x, int64_t n) {
+  constexpr int64_t kBlockBytes = kQuantBlock * kBits / 8, kGroupBytes = kGroup * kBlockBytes;
+  const int64_t blocks = whole_groups(op.inputs, 1), whole = blocks / kGroup, rest = blocks % kGroup;
+  const int64_t row_bytes = blocks * kBlockBytes;
+  const uint8_t* weight = op.weight + n * row_bytes;
+  const float* scales = op.scales + n * blocks;
+  Vec totals[kRows];
+  for (Vec& total : totals) total = set(0.0f);
+  for (int64_t g = 0; g < whole; ++g) {
+    for (int r = 0; r < kRows; ++r) prefetch(weight + r * row_bytes + kPrefetch);
+    for (int r = 0; r < kRows; ++r) prefetch(scales + r * blocks + kPrefetch / 16);
+    add_group<kBits, kRows>(x, g, weight, row_bytes, scales, blocks, totals);
+    weight += kGroupBytes;
+    scales += kGroup;
   }
-  return total;
+  if (rest) {
+    uint8_t last[kRows * kGroupBytes] = {};
+    float last_scales[kRows * kGroup] = {};
+    for (int r = 0; r < kRows; ++r) {
+      std::memcpy(last + r * kGroupBytes, weight + r * row_bytes, static_cast<size_t>(rest * kBlockBytes));
+      std::memcpy(last_scales + r * kGroup, scales + r * blocks, static_cast<size_t>(rest) * sizeof(float));
+    }
+    add_group<kBits, kRows>(x, whole, last, kGroupBytes, last_scales, kGroup, totals);
+  }
+  for (int r = 0; r < kRows; ++r) op.y[n + r] = sum(totals[r]);
 }
 
 template <int kBits>
 void one_token(const MatMulNBits& op, const Pool& pool) {
-  constexpr int64_t kBlockBytes = kQuantBlock * kBits / 8, kGroupBytes = kGroup * kBlockBytes;
-  const int64_t blocks = whole_groups(op.inputs, 1), whole = blocks / kGroup, rest = blocks % kGroup;
   const OneToken<kBits> x(op);
-  const int64_t rows = 1 + kTaskBytes / (blocks * kBlockBytes);
+  const int64_t row_bytes = whole_groups(op.inputs, 1) * kQuantBlock * kBits / 8;
+  const int64_t rows = (1 + kTaskBytes / (row_bytes * kRowsAtOnce)) * kRowsAtOnce;
   pool((op.outputs + rows - 1) / rows, [&](int64_t task) {
     const int64_t end = (task + 1) * rows < op.outputs ? (task + 1) * rows : op.outputs;
-    for (int64_t n = task * rows; n < end; ++n) {
-      const uint8_t* weight = op.weight + n * blocks * kBlockBytes;
-      const float* scales = op.scales + n * blocks;
-      Vec total = set(0.0f);
-      for (int64_t g = 0; g < whole; ++g) {
-        prefetch(weight + kPrefetch);
-        prefetch(scales + kPrefetch / 16);
-        total = add_group<kBits>(x, g, weight, scales, total);
-        weight += kGroupBytes;
-        scales += kGroup;
-      }
-      if (rest) {
-        uint8_t last[kGroupBytes] = {};
-        float last_scales[kGroup] = {};
-        std::memcpy(last, weight, static_cast<size_t>(rest * kBlockBytes));
-        std::memcpy(last_scales, scales, static_cast<size_t>(rest) * sizeof(float));
-        total = add_group<kBits>(x, whole, last, last_scales, total);
-      }
-      op.y[n] = sum(total);
-    }
+    int64_t n = task * rows;
+    for (; n + kRowsAtOnce <= end; n += kRowsAtOnce) dot_rows<kBits, kRowsAtOnce>(op, x, n);
+    for (; n < end; ++n) dot_rows<kBits, 1>(op, x, n);
   });
 }
 
