@@ -16,6 +16,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 _IDS, _MASK, _LOGITS = "input_ids", "attention_mask", "logits"
+_CPU = "CPUExecutionProvider"
 _PAST, _PRESENT = "past_key_values.", "present."
 _HEAD_TOKENS = 128  # of one run of the head: 100 MB of logits at a vocabulary of 200,064
 
@@ -84,13 +85,14 @@ class SlicedPackage:
 
         Args:
             path: the model file; its weights lie beside it.
-            library: of native operators, as a session of the whole would register it.
+            library: of native operators, as a session of the whole would register it; used for
+                a package for processors.
             threads: of one operator; None lets ONNX Runtime choose.
 
         Raises:
             SliceError: this is no graph of ours, or its layers cannot be told apart.
         """
-        self._folder, self._library, self._threads = path.parent, library, threads
+        self._folder, self._threads = path.parent, threads
         try:
             self._model = ir.load(path)
         except Exception as error:  # protobuf's and onnx_ir's errors share no narrower base
@@ -98,8 +100,12 @@ class SlicedPackage:
         metadata = self._model.metadata_props
         if "sambay.config" not in metadata:
             raise SliceError(f"{path} has no metadata sambay.config: give a package of phi4export")
+        # Native operators take what packages for a processor hold; others run by their bodies.
+        self._library = library if metadata.get("sambay.provider", _CPU) == _CPU else None
         self.config = json.loads(metadata["sambay.config"])
-        self.slices = _cut(self._model.graph, self.config, metadata.get("sambay.logits") == "all")
+        most = int(metadata["sambay.max_tokens"]) if "sambay.max_tokens" in metadata else None
+        every = metadata.get("sambay.logits") == "all"
+        self.slices = _cut(self._model.graph, self.config, every, most)
 
     @property
     def model(self) -> ir.Model:
@@ -124,13 +130,14 @@ class SlicedPackage:
             return ort.InferenceSession(
                 proto.SerializeToString(),
                 self._options(proto.graph.node),
-                providers=["CPUExecutionProvider"],
+                providers=[_CPU],
             )
         except Exception as error:  # ONNX Runtime's exceptions share no narrower base
-            reason = " ".join(str(error).split())[:300]
-            raise SliceError(
-                f"layer {part.layer} of {self._folder} cannot run: {reason}"
-            ) from error
+            raise self._refused(part, error) from error
+
+    def _refused(self, part: Slice, error: Exception) -> SliceError:
+        reason = " ".join(str(error).split())[:300]
+        return SliceError(f"layer {part.layer} of {self._folder} cannot run: {reason}")
 
     def _options(self, nodes: Iterable[object]) -> ort.SessionOptions:
         options = ort.SessionOptions()
@@ -157,7 +164,11 @@ class SlicedPackage:
         states = self._zero_states(session, track.ids.shape[1])
         for start, stop in _steps(track.ids.shape[1], part.step):
             feeds = self._feeds(part, session, track, start, stop) | states
-            found = dict(zip(_names(session.get_outputs()), session.run(None, feeds), strict=True))
+            try:
+                results = session.run(None, feeds)
+            except Exception as error:  # as above
+                raise self._refused(part, error) from error
+            found = dict(zip(_names(session.get_outputs()), results, strict=True))
             streams.append(found[part.target])
             for name in part.carried_out:
                 if name not in part.presents:
@@ -212,7 +223,10 @@ class SlicedPackage:
         return feeds
 
 
-def _cut(graph: ir.Graph, config: dict[str, object], all_logits: bool) -> tuple[Slice, ...]:
+def _cut(
+    graph: ir.Graph, config: dict[str, object], all_logits: bool, most: int | None
+) -> tuple[Slice, ...]:
+    """Cut a graph; ``most`` tokens of one call are what its portable bodies take."""
     layers = int(str(config["num_hidden_layers"]))
     inputs = {value.name for value in graph.inputs}
     outputs = {value.name: value for value in graph.outputs}
@@ -243,7 +257,7 @@ def _cut(graph: ir.Graph, config: dict[str, object], all_logits: bool) -> tuple[
                 graph_inputs=tuple(sorted(read)),
                 presents=tuple(presents),
                 # Without all logits, layer M+1 goes on with the last token of a run alone.
-                step=1 if not all_logits and k - 1 > layers // 2 else None,
+                step=1 if not all_logits and k - 1 > layers // 2 else most,
             )
         )
     return tuple(slices)

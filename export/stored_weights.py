@@ -170,7 +170,10 @@ def _stored_weights(graph: ir.Graph) -> Iterator[tuple[str, _Stored]]:
         used.update(str(tensor.name) for tensor in stored.tensors)
     for name, value in graph.initializers.items():
         tensor = value.const_value
-        if name not in used and tensor is not None and tensor.dtype.is_floating_point():
+        part = name.endswith((".scales", ".zero_points"))  # of a weight in another shape
+        if part or name in used or tensor is None:
+            continue
+        if tensor.dtype.is_floating_point():
             yield name, _plain(name, tensor)
 
 

@@ -136,7 +136,7 @@ def print_report(report: Report, console: Console) -> None:
 def _print_layers(report: Report, console: Console) -> None:
     """Signal-to-noise ratios after each layer, and of the layer alone."""
     samples = list(report.measured.tokens)
-    titles = _right(*(f"{name}, {what}" for name in samples for what in ("dB", "alone")))
+    titles = _right(*(f"{name}\n{what}" for name in samples for what in ("dB", "alone")))
     table = Table("layer", "kind", *titles, box=None)
     rows: dict[int, list[str]] = {}
     for each in report.measured.layers:
@@ -148,7 +148,7 @@ def _print_layers(report: Report, console: Console) -> None:
 
 
 def _print_states(report: Report, console: Console) -> None:
-    table = Table("state", *_right(*(f"{s}, dB" for s in report.measured.tokens)), box=None)
+    table = Table("state", *_right(*(f"{s}\ndB" for s in report.measured.tokens)), box=None)
     rows: dict[str, list[str]] = {}
     for each in report.measured.states:
         rows.setdefault(each.state, [each.state]).append(error_cells(each.error)[0])
@@ -159,7 +159,8 @@ def _print_states(report: Report, console: Console) -> None:
 
 def _print_weights(report: Report, console: Console) -> None:
     titles = _right("weights", "MB", "mean dB", "least dB")
-    table = Table("stored as", *titles, "weight that lost most", box=None)
+    worst_name = Column("weight that lost most", overflow="fold")
+    table = Table("stored as", *titles, worst_name, box=None)
     for label in sorted({weight.stored for weight in report.weights}):
         group = [weight for weight in report.weights if weight.stored == label]
         worst = min(group, key=lambda each: each.snr_db)
@@ -172,7 +173,7 @@ def _print_weights(report: Report, console: Console) -> None:
 
 
 def _right(*titles: str) -> list[Any]:
-    return [Column(title, justify="right", no_wrap=True) for title in titles]
+    return [Column(title, justify="right") for title in titles]
 
 
 def error_cells(error: Error | None) -> list[str]:
