@@ -14,7 +14,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,9 +63,9 @@ class Call:
     attributes: tuple[tuple[str, float], ...] = ()
 
 
-def calls() -> Iterator[Call]:
-    """Everything that is measured."""
-    for tokens in (1, CHUNK):
+def calls(lengths: Sequence[int] = (1, CHUNK)) -> Iterator[Call]:
+    """Everything that is measured, for calls of these numbers of tokens."""
+    for tokens in lengths:
         yield from _state_space(tokens)
         for cache in CELLS:
             yield _window(cache, tokens)
@@ -129,9 +129,9 @@ def _caches(cache: str, slots: int) -> tuple[np.ndarray, ...]:
     return (*cells, *(np.full((1, KV_HEADS, slots), 0.02, HALF) for _ in range(2)))
 
 
-def measure(call: Call, threads: int, seconds: float) -> list[float]:
-    """Seconds of each run, after two that are not counted."""
-    session = _session(call, threads)
+def measure(call: Call, threads: int, seconds: float, model: bytes = b"") -> list[float]:
+    """Seconds of each run of our operator, or of another model, after two that are not counted."""
+    session = open_session(model or make_model(call), threads)
     size = sum(array.nbytes for array in call.inputs)
     bindings = [_bind(session, call) for _ in range(max(1, min(16, LARGEST // size)))]
     taken: list[float] = []
@@ -144,7 +144,8 @@ def measure(call: Call, threads: int, seconds: float) -> list[float]:
     return taken[2:]
 
 
-def _session(call: Call, threads: int) -> ort.InferenceSession:
+def make_model(call: Call) -> bytes:
+    """Our operator alone."""
     names = [f"in{i}" for i, _ in enumerate(call.inputs)]
     results = [f"out{i}" for i, _ in enumerate(call.outputs)]
     dtypes = [call.inputs[o].dtype if isinstance(o, int) else np.dtype(o[1]) for o in call.outputs]
@@ -156,14 +157,18 @@ def _session(call: Call, threads: int) -> ort.InferenceSession:
         [value(name, TYPES[dtype], None) for name, dtype in zip(results, dtypes, strict=True)],
     )
     imports = [helper.make_opsetid("", 20), helper.make_opsetid("ai.sambay", 1)]
-    model = helper.make_model(graph, opset_imports=imports, ir_version=10)
+    return bytes(helper.make_model(graph, opset_imports=imports, ir_version=10).SerializeToString())
+
+
+def open_session(model: bytes, threads: int) -> ort.InferenceSession:
+    """A session that has the native operators."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     library = library_path()
     if library is None:
         raise FileNotFoundError("the native operators were not built; see CONTRIBUTING.md")
     options.register_custom_ops_library(str(library))
-    return ort.InferenceSession(model.SerializeToString(), options)
+    return ort.InferenceSession(model, options)
 
 
 def _bind(session: ort.InferenceSession, call: Call) -> tuple[ort.IOBinding, list[np.ndarray]]:
