@@ -1,4 +1,4 @@
-"""What a package may lose at most: bounds by the fewest bits of its weights."""
+"""What a package may lose at most: bounds by the fewest bits of its weights and caches."""
 
 from __future__ import annotations
 

@@ -7,6 +7,7 @@ every slice reads its weights from the package's own file and runs as it does in
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,7 @@ import onnxruntime as ort
 _IDS, _MASK, _LOGITS = "input_ids", "attention_mask", "logits"
 _CPU = "CPUExecutionProvider"
 _PAST, _PRESENT = "past_key_values.", "present."
+_CACHE = re.compile(r"past_key_values\.\d+\.(key|value)")
 _HEAD_TOKENS = 128  # of one run of the head: 100 MB of logits at a vocabulary of 200,064
 
 # Nodes between a linear layer and the sum it ends in, which keep one number for one number.
@@ -111,6 +113,12 @@ class SlicedPackage:
     def model(self) -> ir.Model:
         """The whole graph; weights are read when asked for."""
         return self._model
+
+    @property
+    def cache_bits(self) -> int:
+        """Fewest bits that keys and values are kept in."""
+        caches = [value for value in self._model.graph.inputs if _CACHE.fullmatch(value.name or "")]
+        return min(int(value.dtype.bitwidth) for value in caches if value.dtype is not None)
 
     def open(self, part: Slice) -> ort.InferenceSession:
         """Load a slice, with its weights, into ONNX Runtime.

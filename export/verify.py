@@ -1,6 +1,6 @@
 """Hold a package against its checkpoint: what storing and computing it otherwise has cost.
 
-    python -m export.verify PACKAGE --checkpoint DIR [--text FILE] [--json FILE] [--html FILE]
+    python -m export.verify PACKAGE [--checkpoint DIR] [--text FILE] [--json FILE] [--html FILE]
 
 Weights are read back from the package's own bytes. Layers, states and next tokens are compared with
 the float32 reference on random tokens and on a text, layer by layer, so that neither model is ever
@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -37,6 +37,18 @@ from runtime_py.package import find_model
 from runtime_py.peak_memory import peak_bytes
 from runtime_py.tokenizer import Tokenizer
 
+PROGRAM = "python -m export.verify"
+EXAMPLES = f"""\
+examples:
+  {PROGRAM} demo                   a package of the small model that comes with phi4export
+  {PROGRAM} phi4-flash --checkpoint microsoft/Phi-4-mini-flash-reasoning
+  {PROGRAM} phi4-flash --checkpoint ./checkpoint --html report.html --json report.json
+                                                   a page with plots, and every figure
+  {PROGRAM} phi4-flash --checkpoint ./checkpoint --text questions.txt --tokens 2000 --max-kl 0.05
+                                                   on a text of one's own, with a bound of one's own
+
+Exit status: 0 where every bound holds, 1 where one is exceeded, 2 where nothing can be measured.
+"""
 CALIBRATION = "calibration.txt"  # beside a checkpoint's weights: text of the kind it knows
 _RANDOM_TOKENS = 128
 _WIDE = 512  # below this width a second thread would only be waited for
@@ -82,7 +94,7 @@ def verify(path: Path, source: str | Path, settings: Settings, console: Console)
             measured = measure(checkpoint, package, samples, stage)
     if left_out:
         notes.append(f"weights stored in another shape, not compared: {', '.join(left_out)}")
-    bits = min((weight.bits for weight in weights if len(weight.shape) > 1), default=32)
+    bits = min(package.cache_bits, *(each.bits for each in weights if len(each.shape) > 1), 32)
     bounds = [*weight_bounds(weights), layer_bound(measured.layers, bits)]
     for sample in samples[1:]:
         quality = measured.tokens[sample.name]
@@ -194,14 +206,31 @@ def deliver(report: Report, settings: Settings) -> int:
     return 1 if report.failures else 0
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line, as every other error."""
+        _complain(f"{message}; {PROGRAM} --help explains")
+        self.exit(2)
+
+
+def _complain(message: str) -> None:
+    print(f"verify: error: {' '.join(message.split())}", file=sys.stderr)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m export.verify", description=(__doc__ or "").partition("\n")[0]
+    parser = _Parser(
+        prog=PROGRAM,
+        description=(__doc__ or "").partition("\n")[0],
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("package", type=Path, metavar="PACKAGE")
+    parser.add_argument("package", type=Path, metavar="PACKAGE", help="folder phi4export wrote")
     parser.add_argument(
-        "--checkpoint", required=True, metavar="DIR|ID", help="what the package was made from"
+        "--checkpoint",
+        default=Path(__file__).with_name("reference"),
+        metavar="DIR|ID",
+        help="what the package was made from; default: the small model shipped inside",
     )
     add_options(parser)
     options = parser.parse_args(arguments)
@@ -210,7 +239,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         report = verify(options.package, options.checkpoint, settings, Console(stderr=True))
         return deliver(report, settings)
     except (ValueError, OSError, PackageError, InputError) as error:
-        print(f"verify: error: {' '.join(str(error).split())}", file=sys.stderr)
+        _complain(str(error))
         return 2
     except KeyboardInterrupt:
         print("verify: interrupted", file=sys.stderr)

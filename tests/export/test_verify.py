@@ -139,6 +139,17 @@ def test_the_page_is_well_formed_and_has_its_figures(verified) -> None:
     assert "prefers-color-scheme: dark" in page
 
 
+@pytest.mark.parametrize("options", [
+    ("directml-int4",), ("cuda-fp16",), ("cpu-fp32", "--cache", "int8")
+], ids=" ".join)  # fmt: skip
+def test_other_recipes_are_verified_too(export, tmp_path: Path, options: tuple[str, ...]) -> None:
+    assert verify(export(None, *options), REFERENCE, tmp_path, "--tokens", "80") == 0
+    report = read(tmp_path)
+    assert len(report["states"]) == 2 * 12
+    for state in report["states"]:  # none is left out, as if its shape were another
+        assert state["error"]["snr_db"] > 10, state["state"]
+
+
 def test_the_histogram_counts_every_token(verified) -> None:
     _, report, _ = verified("cpu-int4")
     for quality in report["next_tokens"]:
@@ -253,6 +264,14 @@ def test_bad_input_is_refused_in_one_line(
     error = capsys.readouterr().err
     assert told in error
     assert error.startswith("verify: error:")
+    assert error.count("\n") == 1
+
+
+def test_options_that_are_not_known_are_refused_in_one_line(capsys) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["package", "--no-such-option"])
+    error = capsys.readouterr().err
+    assert error.startswith("verify: error: unrecognized arguments: --no-such-option")
     assert error.count("\n") == 1
 
 
