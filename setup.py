@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from setuptools import Command, Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 KERNELS = Path("kernels")
@@ -34,8 +35,12 @@ CUDA_LIBRARY = "_sambay_ops_cuda"
 # Turing to Hopper, and intermediate code of the last for what comes after.
 CUDA_ARCHITECTURES = "75;80;86;89;90"
 CUDA_ARGUMENTS = ["-std=c++17", "-O3", "-t", "1", "-Werror", "all-warnings"]
-# MSVC takes every intrinsic without a flag; /EHsc: the glue turns exceptions into statuses.
+# /EHsc: the glue turns exceptions into statuses.
 MSVC_ARGUMENTS = ["/std:c++17", "/O2", "/EHsc"]
+# MSVC takes every intrinsic without a flag, but would encode those of 128 bits as SSE, between
+# instructions of AVX. Not AVX512 for isa_avx512*: a function of a standard header that stays out of
+# line is shared with isa_avx2*.
+MSVC_AVX2 = "/arch:AVX2"
 
 
 class BuildLibrary(build_ext):
@@ -53,6 +58,13 @@ class BuildLibrary(build_ext):
         """Compile and link with the arguments of the compiler that was found."""
         msvc = self.compiler.compiler_type == "msvc"
         ext.extra_compile_args = list(MSVC_ARGUMENTS if msvc else UNIX_ARGUMENTS)
+        if msvc and self.plat_name == "win-amd64":
+            wide = [source for source in ext.sources if "isa_avx" in source]
+            ext.sources = [source for source in ext.sources if source not in wide]
+            arguments = [*MSVC_ARGUMENTS, MSVC_AVX2]
+            ext.extra_objects = self.compiler.compile(
+                wide, output_dir=self.build_temp, extra_postargs=arguments, depends=ext.depends
+            )
         super().build_extension(ext)
 
     def get_export_symbols(self, ext: Extension) -> list[str]:
@@ -63,6 +75,14 @@ class BuildLibrary(build_ext):
         """Where the library goes: beside runtime_py/native.py, which finds it."""
         suffix = ".dll" if os.name == "nt" else ".so"
         return str(Path(*fullname.split("."))) + suffix
+
+
+class Wheel(bdist_wheel):
+    """One wheel for every Python of a platform: the library knows nothing of Python."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        """Python, ABI and platform."""
+        return "py3", "none", super().get_tag()[2]
 
 
 class BuildCuda(Command):
@@ -128,5 +148,5 @@ setup(
             optional=True,
         )
     ],
-    cmdclass={"build_ext": BuildLibrary, "build_cuda": BuildCuda},
+    cmdclass={"bdist_wheel": Wheel, "build_ext": BuildLibrary, "build_cuda": BuildCuda},
 )

@@ -17,6 +17,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 KERNELS = ROOT / "kernels"
 CHECKS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+# A compiler does not run beside a preloaded sanitizer.
+MARKS = "not sanitize and not slow and not nvcc and not emulated"
 SETTINGS = ("-std=c++17", "-O1", "-g", "-fPIC", "-fno-math-errno", "-fvisibility=hidden")
 
 pytestmark = [
@@ -77,7 +79,7 @@ def run_python(compiler: str, library: Path, *arguments: str) -> subprocess.Comp
 
 def test_the_operators_tests_run_clean(compiler: str, library: Path) -> None:
     # -s: a report must not end in the capture of a process that is no more
-    options = ("-m", "not sanitize and not slow", "-q", "-x", "-s", "-p", "no:cacheprovider")
+    options = ("-m", MARKS, "-q", "-x", "-s", "-p", "no:cacheprovider")
     done = run_python(compiler, library, "-m", "pytest", *options, str(Path(__file__).parent))
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
 
