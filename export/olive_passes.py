@@ -168,6 +168,11 @@ class BlockQuantization(Pass):
                 "only: remove it, or take SambaYTarget"
             )
         recipe = recipe_from_json(described)
+        if recipe.default.scale_type != "float32":
+            raise ValueError(
+                f"the recipe's scale_type is {recipe.default.scale_type!r}, but BlockQuantization "
+                "stores scales in the type of the inputs: leave it out"
+            )
         typed = infer_types(ir.load(model.model_path))
         quantized = quantize_matmul(
             typed,

@@ -82,7 +82,9 @@ def _recipe(target: Target, told: Quantization) -> Recipe | None:
     recipe = recipe_of(target)
     if told.recipe is not None:
         try:
-            recipe = recipe_from_json(json.loads(told.recipe.read_text(encoding="utf-8")))
+            contents = json.loads(told.recipe.read_text(encoding="utf-8"))
+            scale_type = "float32" if recipe is None else recipe.default.scale_type
+            recipe = recipe_from_json(contents, scale_type)
         except OSError as error:
             raise ValueError(f"recipe {told.recipe} cannot be read: {error.strerror}") from error
         except ValueError as error:

@@ -1,6 +1,6 @@
 """Matrices in 4 or 8 bits, in blocks along their rows.
 
-Every block of ``block_size`` neighbours in a row shares one float32 scale:
+Every block of ``block_size`` neighbours in a row shares one scale, float32 or float16:
 
     w = scale * (stored - zero)
 
@@ -46,7 +46,7 @@ class Quantized:
 
     Attributes:
         packed: uint8 [rows, blocks, block_size * bits / 8].
-        scale: float32 [rows, blocks], never zero.
+        scale: float32 [rows, blocks], never zero; numbers of float16 where that is their type.
         zero_points: uint8 [rows, ceil(blocks * bits / 8)], or None where zero is the middle value.
         bits: 4 or 8.
         columns: of the matrix; the last block may reach beyond them.
@@ -164,12 +164,15 @@ def quantized_tensors(
         waiting.update(scale=scales, zero_points=zero_points)
 
     def beside(which: str) -> Iterator[np.ndarray]:
-        yield from waiting.pop(which, None) or (getattr(part, which) for part in parts())
+        chunks = waiting.pop(which, None) or (getattr(part, which) for part in parts())
+        dtype = np.float16 if which == "scale" and form.scale_type == "float16" else None
+        yield from (chunk if dtype is None else chunk.astype(dtype) for chunk in chunks)
 
     def streamed(suffix: str, which: str, dtype: ir.DataType, *shape: int) -> StreamedTensor:
         chunks = packed if which == "packed" else lambda: beside(which)
         return StreamedTensor(chunks, dtype=dtype, shape=shape, name=f"{weight.name}.{suffix}")
 
+    scale_type = ir.DataType.FLOAT16 if form.scale_type == "float16" else ir.DataType.FLOAT
     uint8, width = ir.DataType.UINT8, form.block_size * form.bits // 8
     zero_points = None
     if form.zero_points:
@@ -177,7 +180,7 @@ def quantized_tensors(
         zero_points = streamed("zero_points", "zero_points", uint8, rows, zero_bytes)
     return QuantizedTensors(
         packed=streamed("packed", "packed", uint8, rows, blocks, width),
-        scales=streamed("scales", "scale", ir.DataType.FLOAT, rows, blocks),
+        scales=streamed("scales", "scale", scale_type, rows, blocks),
         zero_points=zero_points,
     )
 
@@ -271,7 +274,20 @@ class _Quantizer:
                     zero_points=form.zero_points,
                     importance=self._importance,
                 )
-        return scale, zero
+        return (_to_float16(scale) if form.scale_type == "float16" else scale), zero
+
+
+def _to_float16(scale: np.ndarray) -> np.ndarray:
+    """The nearest numbers of float16 that are not zero, as float32."""
+    with np.errstate(over="ignore"):
+        nearest = scale.astype(np.float16)
+    if np.isinf(nearest).any():
+        raise ValueError(
+            f"a block has the scale {np.abs(scale).max():.3g}, which float16 does not hold: store "
+            'its scales as float32, with "scale_type": "float32" in the recipe'
+        )
+    least = np.finfo(np.float16).smallest_subnormal
+    return np.where(nearest == 0, np.copysign(least, scale), nearest).astype(np.float32)
 
 
 def _round_and_pack(
@@ -280,7 +296,7 @@ def _round_and_pack(
     """Stored bytes [rows, blocks, block_size * bits / 8] of float32 [rows, blocks, block_size]."""
     rounded = blocks / scale[:, :, None]
     rounded += zero[:, :, None] if form.zero_points else np.float32(1 << (form.bits - 1))
-    if form.zero_points or form.quantizer != "rtn":
+    if form.zero_points or form.quantizer != "rtn" or form.scale_type == "float16":
         np.clip(rounded, 0, (1 << form.bits) - 1, out=rounded)
     rounded += _ROUNDER
     if form.bits == 8:

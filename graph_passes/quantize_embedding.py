@@ -22,6 +22,7 @@ def quantize_embedding(
     bits: int,
     block_size: int,
     quantizer: str = "search",
+    scale_type: str = "float32",
     accuracy_level: int = 4,
 ) -> None:
     """Quantize the embedding and the output head.
@@ -34,12 +35,15 @@ def quantize_embedding(
         bits, block_size: see ``WeightFormat``. No zero points: the two operators pack them
             differently.
         quantizer: "rtn" or "search".
+        scale_type: see ``WeightFormat``.
         accuracy_level: as in ``quantize_matmul``.
 
     Raises:
         ValueError: settings no runtime reads, or a model without an embedding.
     """
-    form = WeightFormat(bits=bits, block_size=block_size, quantizer=quantizer)
+    form = WeightFormat(
+        bits=bits, block_size=block_size, quantizer=quantizer, scale_type=scale_type
+    )
     if quantizer == "gptq":
         raise ValueError(
             "quantize_embedding: quantizer 'gptq' makes up for errors in a sum over inputs, and an "
@@ -53,7 +57,7 @@ def quantize_embedding(
     for node, path in find_linear_layers(model):
         if path.transposed and path.weight.name in tables:
             quantized = quantized_tensors(path.tensor, form)
-            replace_node(node, [matmul_nbits(graph, node, path, form, quantized, accuracy_level)])
+            replace_node(node, matmul_nbits(graph, node, path, form, quantized, accuracy_level))
     for node in embeddings:
         _replace_gather(graph, node, form)
     model.opset_imports["com.microsoft"] = 1
@@ -82,8 +86,12 @@ def _replace_gather(graph: ir.Graph, node: ir.Node, form: WeightFormat) -> None:
         tensor = ir.Tensor(np.array(numbers, np.int64), name=f"{table.name}.{name}")
         return add_initializer(graph, tensor)
 
-    # The Gather wants its scales in the shape of its blocks; the head wants them flat.
-    # A runtime folds this Unsqueeze while loading.
+    # The Gather wants its scales in the shape of its blocks, and in the type of what it gives; the
+    # head wants them flat. A runtime folds this Cast and this Unsqueeze while loading.
+    casts = []
+    if form.scale_type == "float16":
+        casts.append(ir.node("Cast", [scales], {"to": ir.DataType.FLOAT}))
+        scales = casts[0].outputs[0]
     aligned = ir.node("Unsqueeze", [scales, constant("last_axis", 2)])
     gathered = ir.node(  # [batch, tokens, blocks, block_size]
         "GatherBlockQuantized",
@@ -97,7 +105,7 @@ def _replace_gather(graph: ir.Graph, node: ir.Node, form: WeightFormat) -> None:
         domain="com.microsoft",
     )
     rows = ir.node("Reshape", [gathered.outputs[0], constant("row_shape", 0, 0, filled)])
-    nodes = [aligned, gathered, rows]
+    nodes = [*casts, aligned, gathered, rows]
     if filled != width:
         limits = [constant("row_start", 0), constant("row_stop", width), constant("last_axis", 2)]
         nodes.append(ir.node("Slice", [rows.outputs[0], *limits]))

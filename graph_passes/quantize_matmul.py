@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
 
 import onnx_ir as ir
 from onnx_ir.passes import common
@@ -23,20 +24,23 @@ def quantize_matmul(
     block_size: int,
     zero_points: bool = False,
     quantizer: str = "search",
+    scale_type: str = "float32",
     accuracy_level: int = 4,
     rules: Sequence[Rule] = (),
+    exact: Sequence[str] = (),
     calibration: Mapping[str, Calibration] | None = None,
 ) -> None:
     """Replace ``MatMul(x, weight)`` by com.microsoft.MatMulNBits.
 
     Args:
-        bits, block_size, zero_points, quantizer: of every weight that no rule names, see
-            ``WeightFormat``.
+        bits, block_size, zero_points, quantizer, scale_type: of every weight that no rule names,
+            see ``WeightFormat``.
         accuracy_level: what the runtime computes in; 4 = int8, the only fast one on a CPU.
         rules: (pattern, storage) in order, the first that matches a weight's name decides; storage
             is a ``WeightFormat``, other bits, or None, which leaves the weight as it is. Patterns
             are those of ``fnmatch``, and may hold ``{memory_layer}`` and ``{shared_layer}``, the
             numbers of these layers.
+        exact: patterns of weights whose products are computed in float32 (accuracy_level 1).
         calibration: of the layers' inputs, by name of the weight; "gptq" needs it.
 
     Raises:
@@ -44,7 +48,11 @@ def quantize_matmul(
             weight whose inputs are not known.
     """
     default = WeightFormat(
-        bits=bits, block_size=block_size, zero_points=zero_points, quantizer=quantizer
+        bits=bits,
+        block_size=block_size,
+        zero_points=zero_points,
+        quantizer=quantizer,
+        scale_type=scale_type,
     )
     layers = find_linear_layers(model)
     names = dict.fromkeys(path.weight.name or "" for _, path in layers)
@@ -57,7 +65,8 @@ def quantize_matmul(
         stored = path.tensor if path.transposed else transposed_tensor(path.tensor)
         known = None if calibration is None else calibration.get(name)
         quantized = quantized_tensors(stored, form, known)
-        replace_node(node, [matmul_nbits(model.graph, node, path, form, quantized, accuracy_level)])
+        level = 1 if any(fnmatchcase(name, pattern) for pattern in exact) else accuracy_level
+        replace_node(node, matmul_nbits(model.graph, node, path, form, quantized, level))
     model.opset_imports["com.microsoft"] = 1
     common.RemoveUnusedNodesPass()(model)
 
@@ -79,8 +88,11 @@ def matmul_nbits(
     form: WeightFormat,
     quantized: QuantizedTensors,
     accuracy_level: int,
-) -> ir.Node:
-    """A MatMulNBits for a MatMul; its weights are put into the graph, once for all readers."""
+) -> list[ir.Node]:
+    """A MatMulNBits for a MatMul; its weights are put into the graph, once for all readers.
+
+    Before it stands a Cast to float32 where its scales are float16.
+    """
     rows, columns = _size(path)
     tensors = [quantized.packed, quantized.scales]
     if quantized.zero_points is not None:
@@ -92,8 +104,13 @@ def matmul_nbits(
         "block_size": form.block_size,
         "accuracy_level": accuracy_level,
     }
-    inputs = [node.inputs[0], *(add_initializer(graph, tensor) for tensor in tensors)]
-    return ir.node("MatMulNBits", inputs, settings, domain="com.microsoft")
+    stored = [add_initializer(graph, tensor) for tensor in tensors]
+    casts = []
+    if form.scale_type == "float16":
+        casts.append(ir.node("Cast", [stored[1]], {"to": ir.DataType.FLOAT}))
+        stored[1] = casts[0].outputs[0]
+    inputs = [node.inputs[0], *stored]
+    return [*casts, ir.node("MatMulNBits", inputs, settings, domain="com.microsoft")]
 
 
 def _size(path: WeightPath) -> tuple[int, int]:

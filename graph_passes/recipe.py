@@ -23,6 +23,7 @@ import onnx_ir as ir
 
 BITS = (4, 8)
 BLOCK_SIZES = (16, 32, 64, 128, 256)
+SCALE_TYPES = ("float32", "float16")
 
 # Round to nearest; the scale of least squared error; the same with the errors of earlier columns
 # made up for by later ones, as the layer's inputs on calibration text tell (GPTQ).
@@ -38,6 +39,8 @@ class WeightFormat:
         block_size: neighbours in a row that share a scale; 16, 32, 64, 128 or 256.
         zero_points: each block has the value of zero of its own, else it is the middle one.
         quantizer: how scales and values are found; one of ``QUANTIZERS``.
+        scale_type: "float32", or "float16": a tenth smaller at 4 bits in blocks of 32, and what our
+            own product reads as it is; others make float32 of it while loading.
 
     Raises:
         ValueError: a setting that is not offered; the message names it.
@@ -47,20 +50,27 @@ class WeightFormat:
     block_size: int = 32
     zero_points: bool = False
     quantizer: str = "search"
+    scale_type: str = "float32"
 
     def __post_init__(self) -> None:
         """Refuse what no runtime reads."""
-        offers = {"bits": BITS, "block_size": BLOCK_SIZES, "quantizer": QUANTIZERS}
+        offers = {
+            "bits": BITS,
+            "block_size": BLOCK_SIZES,
+            "quantizer": QUANTIZERS,
+            "scale_type": SCALE_TYPES,
+        }
         for name, offered in offers.items():
             found = getattr(self, name)
             if found not in offered:
                 raise ValueError(f"{name} is {found!r}, expected one of {offered}")
 
     def bytes_of(self, rows: int, columns: int) -> int:
-        """Bytes of a matrix of this size with float32 scales."""
+        """Bytes of a matrix of this size."""
         blocks = -(-columns // self.block_size)
         zero_points = -(-blocks * self.bits // 8) if self.zero_points else 0
-        return rows * (blocks * (self.block_size * self.bits // 8 + 4) + zero_points)
+        scale = 2 if self.scale_type == "float16" else 4
+        return rows * (blocks * (self.block_size * self.bits // 8 + scale) + zero_points)
 
 
 # What a rule says: a format, the default's with other bits, or "leave it as it is".
@@ -119,8 +129,11 @@ class Recipe:
         }
 
 
-def recipe_from_json(contents: Mapping[str, Any]) -> Recipe:
+def recipe_from_json(contents: Mapping[str, Any], scale_type: str = "float32") -> Recipe:
     """Read a recipe; what a format leaves out is as in the default.
+
+    Args:
+        scale_type: of every format that does not say.
 
     Raises:
         ValueError: an unknown key, or a setting that is not offered; the message names it.
@@ -128,7 +141,8 @@ def recipe_from_json(contents: Mapping[str, Any]) -> Recipe:
     if not isinstance(contents, Mapping):
         raise ValueError(f"a recipe is {type(contents).__name__}, expected an object")
     _check_keys("a recipe", contents, ("default", "embedding", "rules"))
-    default = _format("default", contents.get("default", {}), WeightFormat())
+    basis = WeightFormat(scale_type=scale_type)
+    default = _format("default", contents.get("default", {}), basis)
     basis = dataclasses.replace(default, bits=8, zero_points=False)
     embedding = contents.get("embedding", {})
     if embedding is not None:

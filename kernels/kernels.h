@@ -130,15 +130,17 @@ struct CrossAttention {
   const int64_t* positions;  // 0 .. capacity - 1
 };
 
-// y [tokens, outputs] = x [tokens, inputs] times the transpose of a weight in blocks of 32 along its rows,
-// stored as com.microsoft.MatMulNBits has it: a value is (stored - 8) * scale, or (stored - 128) * scale.
+// y [tokens, outputs] = x [tokens, inputs] times the transpose of a weight in blocks along its rows, stored as
+// com.microsoft.MatMulNBits has it: a value is (stored - 8) * scale, or (stored - 128) * scale.
 struct MatMulNBits {
   int64_t tokens, inputs, outputs;
-  int bits;    // 4 or 8
-  bool exact;  // no input is rounded to 8 bits, however many tokens there are
+  int bits;            // 4 or 8
+  int64_t block_size;  // neighbours in a row that share a scale, a multiple of 32
+  bool exact;          // no input is rounded to 8 bits, however many tokens there are
   const float* x;
-  const uint8_t* weight;  // [outputs, blocks, 4 * bits]; of 4-bit values the first is in the low half
-  const float* scales;    // [outputs, blocks]
+  const uint8_t* weight;  // [outputs, blocks, block_size * bits / 8]; of 4-bit values the first is in the low half
+  const float* scales;    // [outputs, blocks], or null, and then
+  const Half* half_scales;
   float* y;
 };
 

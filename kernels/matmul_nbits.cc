@@ -1,14 +1,14 @@
-// Products with weights in blocks of 32 that share a scale. Compiled once for each instruction set, by
-// isa_*.cc.
+// Products with weights in blocks that share a scale. Compiled once for each instruction set, by isa_*.cc.
 //
-// The weights are read where they lie, as the file has them: a process keeps no second copy. Inputs
-// are quantized block by block, products of integers are exact, and every block's sum is scaled and
-// added in float32. An input is taken as one signed byte, or as two, 128 * high + low: 15 bits, next
-// to exact. One token is bound by reading the weights, so its second byte costs nothing.
+// The weights are read where they lie, as the file has them: a process keeps no second copy. Inputs are
+// quantized in blocks of 32, products of integers are exact, and every such block's sum is scaled and
+// added in float32; a larger block of weights is as many of 32 with the same scale. An input is taken as
+// one signed byte, or as two, 128 * high + low: 15 bits, next to exact. One token is bound by reading the
+// weights, so its second byte costs nothing.
 
 namespace sambay::SAMBAY_ISA {
 
-constexpr int64_t kQuantBlock = 32;         // inputs that share a scale
+constexpr int64_t kQuantBlock = 32;    // inputs that share a scale
 constexpr int kGroup = kWidth / 4;     // blocks of 4-bit weights in a vector
 constexpr int kChunk = 16;             // blocks unpacked at once: the tile and the inputs stay in L1
 constexpr int kTile = 2;               // vectors of outputs that a task computes
@@ -17,9 +17,47 @@ constexpr int64_t kExactTokens = 8;    // up to here inputs have 15 bits in any 
 constexpr int64_t kRowsAtOnce = 2;     // of weights, that one token meets
 constexpr int64_t kTaskBytes = 65536;  // weights that a task of one token reads, at least
 
-inline int64_t whole_groups(int64_t inputs, int64_t group) {
-  const int64_t blocks = (inputs + kQuantBlock - 1) / kQuantBlock;
-  return (blocks + group - 1) / group * group;
+inline int64_t round_up(int64_t count, int64_t group) { return (count + group - 1) / group * group; }
+
+// Blocks of kQuantBlock in a row of weights.
+inline int64_t row_blocks(const MatMulNBits& op) { return round_up(op.inputs, op.block_size) / kQuantBlock; }
+
+template <int kEach>
+inline void repeat_each(float* numbers, int64_t count) {
+  for (int64_t i = count - 1; i >= 0; --i) {
+    const float number = numbers[i];
+    for (int j = 0; j < kEach; ++j) numbers[i * kEach + j] = number;
+  }
+}
+
+// Scales of `count` blocks of kQuantBlock in a row, from block `first` on; both are multiples of what a larger
+// block holds. `room` has space for them, and is used unless the weight has them just so.
+inline const float* read_scales(const MatMulNBits& op, int64_t row, int64_t first, int64_t count, float* room) {
+  const int64_t each = op.block_size / kQuantBlock;
+  const int64_t start = (row * row_blocks(op) + first) / each, stored = count / each;
+  const auto read = [&](auto* from) {
+    for (int64_t i = 0; i < stored; i += kWidth) {
+      prefetch(from + i + kPrefetch / 4);
+      const int64_t left = stored - i < kWidth ? stored - i : kWidth;
+      store_some(room + i, load_some(from + i, left), left);
+    }
+  };
+  if (op.scales && each == 1) {
+    for (int64_t i = 0; i < count; i += kWidth) prefetch(op.scales + start + i + kPrefetch / 4);
+    return op.scales + start;
+  }
+  if (op.scales) {
+    read(op.scales + start);
+  } else {
+    read(op.half_scales + start);
+  }
+  switch (each) {
+    case 2: repeat_each<2>(room, stored); break;
+    case 4: repeat_each<4>(room, stored); break;
+    case 8: repeat_each<8>(room, stored); break;
+    default: break;
+  }
+  return room;
 }
 
 // Inputs as integers. A block's 32 bytes stand as its weights do: of 4-bit weights the even inputs
@@ -27,7 +65,7 @@ inline int64_t whole_groups(int64_t inputs, int64_t group) {
 template <int kBits, int kPlanes, int64_t kGrouped>
 struct QuantizedInputs {
   explicit QuantizedInputs(const MatMulNBits& op)
-      : blocks(whole_groups(op.inputs, kGroup)),
+      : blocks(round_up(row_blocks(op), kGroup)),
         plane_size(blocks * kQuantBlock),
         bytes(op.tokens * kPlanes * plane_size),
         scales(op.tokens * blocks),
@@ -167,19 +205,21 @@ inline void add_group(const OneToken<kBits>& x, int64_t g, const uint8_t* weight
   }
 }
 
+// `room`: for kRows rows of scales, each of whole vectors.
 template <int kBits, int kRows>
-void dot_rows(const MatMulNBits& op, const OneToken<kBits>& x, int64_t n) {
+void dot_rows(const MatMulNBits& op, const OneToken<kBits>& x, int64_t n, float* room) {
   constexpr int64_t kBlockBytes = kQuantBlock * kBits / 8, kGroupBytes = kGroup * kBlockBytes;
-  const int64_t blocks = whole_groups(op.inputs, 1), whole = blocks / kGroup, rest = blocks % kGroup;
+  const int64_t blocks = row_blocks(op), whole = blocks / kGroup, rest = blocks % kGroup;
   const int64_t row_bytes = blocks * kBlockBytes;
   const uint8_t* weight = op.weight + n * row_bytes;
-  const float* scales = op.scales + n * blocks;
+  const float* scales = read_scales(op, n, 0, blocks, room);
+  const int64_t row_scales = scales == room ? round_up(blocks, kWidth) : blocks;
+  for (int r = 1; r < kRows; ++r) read_scales(op, n + r, 0, blocks, room + r * row_scales);
   Vec totals[kRows];
   for (Vec& total : totals) total = set(0.0f);
   for (int64_t g = 0; g < whole; ++g) {
     for (int r = 0; r < kRows; ++r) prefetch(weight + r * row_bytes + kPrefetch);
-    for (int r = 0; r < kRows; ++r) prefetch(scales + r * blocks + kPrefetch / 16);
-    add_group<kBits, kRows>(x, g, weight, row_bytes, scales, blocks, totals);
+    add_group<kBits, kRows>(x, g, weight, row_bytes, scales, row_scales, totals);
     weight += kGroupBytes;
     scales += kGroup;
   }
@@ -188,7 +228,7 @@ void dot_rows(const MatMulNBits& op, const OneToken<kBits>& x, int64_t n) {
     float last_scales[kRows * kGroup] = {};
     for (int r = 0; r < kRows; ++r) {
       std::memcpy(last + r * kGroupBytes, weight + r * row_bytes, static_cast<size_t>(rest * kBlockBytes));
-      std::memcpy(last_scales + r * kGroup, scales + r * blocks, static_cast<size_t>(rest) * sizeof(float));
+      std::memcpy(last_scales + r * kGroup, scales + r * row_scales, static_cast<size_t>(rest) * sizeof(float));
     }
     add_group<kBits, kRows>(x, whole, last, kGroupBytes, last_scales, kGroup, totals);
   }
@@ -198,13 +238,14 @@ void dot_rows(const MatMulNBits& op, const OneToken<kBits>& x, int64_t n) {
 template <int kBits>
 void one_token(const MatMulNBits& op, const Pool& pool) {
   const OneToken<kBits> x(op);
-  const int64_t row_bytes = whole_groups(op.inputs, 1) * kQuantBlock * kBits / 8;
+  const int64_t row_bytes = row_blocks(op) * kQuantBlock * kBits / 8;
   const int64_t rows = (1 + kTaskBytes / (row_bytes * kRowsAtOnce)) * kRowsAtOnce;
   pool((op.outputs + rows - 1) / rows, [&](int64_t task) {
     const int64_t end = (task + 1) * rows < op.outputs ? (task + 1) * rows : op.outputs;
+    const Scratch<float> room(kRowsAtOnce * round_up(row_blocks(op), kWidth));
     int64_t n = task * rows;
-    for (; n + kRowsAtOnce <= end; n += kRowsAtOnce) dot_rows<kBits, kRowsAtOnce>(op, x, n);
-    for (; n < end; ++n) dot_rows<kBits, 1>(op, x, n);
+    for (; n + kRowsAtOnce <= end; n += kRowsAtOnce) dot_rows<kBits, kRowsAtOnce>(op, x, n, room.data());
+    for (; n < end; ++n) dot_rows<kBits, 1>(op, x, n, room.data());
   });
 }
 
@@ -219,13 +260,14 @@ struct WeightTile {
 template <int kBits>
 void unpack_tile(const MatMulNBits& op, int64_t output, int64_t block, WeightTile& tile) {
   constexpr int64_t kBlockBytes = kQuantBlock * kBits / 8;
-  const int64_t blocks = whole_groups(op.inputs, 1);
+  const int64_t blocks = row_blocks(op);
+  alignas(64) float room[kWidth][kChunk];
   for (int v = 0; v < kTile; ++v) {
     const uint8_t *rows[kWidth], *scales[kWidth];
     for (int i = 0; i < kWidth; ++i) {  // rows beyond the last one repeat it; nobody reads their sums
       const int64_t n = output + v * kWidth + i, row = n < op.outputs ? n : op.outputs - 1;
       rows[i] = op.weight + (row * blocks + block) * kBlockBytes;
-      scales[i] = reinterpret_cast<const uint8_t*>(op.scales + row * blocks + block);
+      scales[i] = reinterpret_cast<const uint8_t*>(read_scales(op, row, block, tile.blocks, room[i]));
     }
     for (int b = 0; b < tile.blocks; ++b) {
       uint8_t* const to = tile.weight + (b * 8 * kTile + v) * kBytes;
@@ -341,7 +383,7 @@ void many_tokens(const MatMulNBits& op, const Pool& pool) {
     for (int64_t t = task * kQuantizedTokens; t < end && t < op.tokens; ++t) x.quantize_token(op, t);
   });
   constexpr int64_t kOutputs = kTile * kWidth;
-  const int64_t blocks = whole_groups(op.inputs, 1);
+  const int64_t blocks = row_blocks(op);
   pool((op.outputs + kOutputs - 1) / kOutputs, [&](int64_t task) {
     WeightTile tile;
     const int64_t n = task * kOutputs;

@@ -2,6 +2,7 @@
 #include "ort_operators.h"
 
 #include <cstdlib>
+#include <type_traits>
 
 #include "ort_caches.h"
 #include "ort_library.h"
@@ -9,23 +10,26 @@
 namespace sambay::ort {
 namespace {
 
+template <class Scale>
 struct MatMulNBits {
   static constexpr const char* kName = "MatMulNBits";
   static constexpr const char* kInputs[] = {"A", "B", "scales"};
-  static constexpr ElementType kInputTypes[] = {kFloat, kUint8, kFloat};
+  static constexpr ElementType kInputTypes[] = {kFloat, kUint8, element_type<Scale>()};
   static constexpr ElementType kOutputTypes[] = {kFloat};
-  static constexpr int64_t kBlock = 32, kLargest = int64_t{1} << 31;
+  static constexpr int64_t kLargest = int64_t{1} << 31;
 
   explicit MatMulNBits(const Attributes& attributes)
       : K(attributes.integer("K")),
         N(attributes.integer("N")),
         bits(attributes.integer("bits")),
+        block_size(attributes.integer("block_size")),
         exact(attributes.integer("accuracy_level") != 4) {
-    const int64_t block_size = attributes.integer("block_size");
-    if (K < 1 || K > kLargest || N < 1 || N > kLargest || (bits != 4 && bits != 8) || block_size != kBlock) {
+    const bool sized = block_size == 32 || block_size == 64 || block_size == 128 || block_size == 256;
+    if (K < 1 || K > kLargest || N < 1 || N > kLargest || (bits != 4 && bits != 8) || !sized) {
       throw Fault{"MatMulNBits has K " + std::to_string(K) + ", N " + std::to_string(N) + ", bits " +
                   std::to_string(bits) + ", block_size " + std::to_string(block_size) +
-                  "; expected K and N of 1 or more, bits 4 or 8, block_size 32. Export the model again"};
+                  "; expected K and N of 1 or more, bits 4 or 8, block_size 32, 64, 128 or 256. "
+                  "Export the model again"};
     }
   }
 
@@ -35,18 +39,24 @@ struct MatMulNBits {
     if (shape.empty() || shape.back() != K) {
       throw context.fault(0, "has shape " + text(shape), "a last size of " + std::to_string(K));
     }
-    const int64_t blocks = (K + kBlock - 1) / kBlock;
-    sambay::MatMulNBits op{1, K, N, static_cast<int>(bits), exact, nullptr, nullptr, nullptr, nullptr};
+    const int64_t blocks = (K + block_size - 1) / block_size;
+    sambay::MatMulNBits op{1,       K,       N,       static_cast<int>(bits), block_size, exact,
+                           nullptr, nullptr, nullptr, nullptr,                nullptr};
     for (size_t axis = 0; axis + 1 < shape.size(); ++axis) op.tokens *= shape[axis];
     op.x = context.data_of<float>(0);
-    op.weight = context.input<uint8_t>(1, {N, blocks, kBlock * bits / 8});
-    op.scales = context.input<float>(2, {N, blocks});
+    op.weight = context.input<uint8_t>(1, {N, blocks, block_size * bits / 8});
+    const Scale* scales = context.input<Scale>(2, {N, blocks});
+    if constexpr (std::is_same_v<Scale, Half>) {
+      op.half_scales = scales;
+    } else {
+      op.scales = scales;
+    }
     shape.back() = N;
     op.y = context.output<float>(0, shape);
     if (op.tokens > 0) device.run(op, context);
   }
 
-  int64_t K, N, bits;
+  int64_t K, N, bits, block_size;
   bool exact;
 };
 
@@ -125,6 +135,7 @@ SAMBAY_EXPORT sambay::ort::Status* SAMBAY_ORT_CALL RegisterCustomOps(sambay::ort
                                 describe<Processor, AppendKeyValue<int8_t>>(),
                                 describe<Processor, DifferentialAttention<int8_t>>(),
                                 describe<Processor, DifferentialCrossAttention<int8_t>>(),
-                                describe<Processor, ort::MatMulNBits>(),
+                                describe<Processor, ort::MatMulNBits<Half>>(),
+                                describe<Processor, ort::MatMulNBits<float>>(),
                             });
 }

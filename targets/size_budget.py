@@ -31,7 +31,7 @@ _AIM = 0.005  # that is left where it can be: sizes are known to some hundred by
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _STEPS = 10_000  # parts of the budget that sizes are counted in, for each hundred weights
 # Bits and block size, smallest first: a larger block shares its scale among more weights.
-_FORMATS = ((4, 128), (4, 64), (4, 32), (8, 32))
+_FORMATS = ((4, 128), (4, 64), (4, 32), (8, 128), (8, 32))
 _TRIES = 6
 _MANIFEST = 4096  # bytes of genai_config.json and of the manifest, about, without its passes
 _SAMPLE = 64  # rows of a weight that its error is estimated from

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import partial
 
 from graph_passes.fold_weight_casts import fold_weight_casts
@@ -10,16 +11,19 @@ from graph_passes.pipeline import Pass
 from graph_passes.quantize_embedding import quantize_embedding
 from graph_passes.quantize_matmul import quantize_matmul
 from graph_passes.read_tied_head_in_place import read_tied_head_in_place
-from graph_passes.recipe import Rule
+from graph_passes.recipe import Rule, Storage
 
 # What steers the scan: small (1 % of the weights), and an error in a step size lasts.
-SCAN_INPUTS: tuple[Rule, ...] = (("*.x_proj.*", None), ("*.dt_proj.*", None))
+SCAN_INPUTS = ("*.x_proj.*", "*.dt_proj.*")
 
 # The two layers whose results every later layer reads: the memory, the shared keys and values.
-SHARED_RESULTS: tuple[Rule, ...] = (
-    ("*.layers.{memory_layer}.attn.*", 8),
-    ("*.layers.{shared_layer}.attn.*", 8),
-)
+SHARED_RESULTS = ("*.layers.{memory_layer}.attn.*", "*.layers.{shared_layer}.attn.*")
+
+
+def rules(patterns: Iterable[str], storage: Storage) -> tuple[Rule, ...]:
+    """The same storage for several patterns."""
+    return tuple((pattern, storage) for pattern in patterns)
+
 
 UNQUANTIZED: tuple[Pass, ...] = (
     fold_weight_casts,
@@ -36,7 +40,7 @@ INT4: tuple[Pass, ...] = (
         bits=4,
         block_size=32,
         accuracy_level=0,
-        rules=SCAN_INPUTS + SHARED_RESULTS,
+        rules=rules(SCAN_INPUTS, None) + rules(SHARED_RESULTS, 8),
     ),
     fold_weight_casts,
     fold_weight_transposes,

@@ -12,7 +12,7 @@ from hypothesis.extra import numpy as hnp
 
 from graph_passes.block_quantization import dequantize, quantize, quantized_tensors
 from graph_passes.error_compensation import Compensation
-from graph_passes.recipe import BITS, BLOCK_SIZES, QUANTIZERS, WeightFormat
+from graph_passes.recipe import BITS, BLOCK_SIZES, QUANTIZERS, SCALE_TYPES, WeightFormat
 from graph_passes.streamed_tensor import CHUNK
 
 shapes = st.tuples(st.integers(1, 4), st.sampled_from([1, 16, 48, 80, 96]))
@@ -27,6 +27,7 @@ formats = st.builds(
     block_size=st.sampled_from([16, 32]),
     zero_points=st.booleans(),
     quantizer=st.sampled_from(["rtn", "search"]),
+    scale_type=st.sampled_from(SCALE_TYPES),
 )
 EVERY_STORAGE = [
     WeightFormat(bits=bits, block_size=block_size, zero_points=zero_points)
@@ -35,12 +36,14 @@ EVERY_STORAGE = [
 EVERY_FORMAT = [
     WeightFormat(bits=bits, block_size=32, zero_points=zero_points, quantizer=quantizer)
     for bits, zero_points, quantizer in itertools.product(BITS, [False, True], QUANTIZERS)
-]
+] + [WeightFormat(bits=bits, quantizer=name, scale_type="float16") for bits, name in [
+    (4, "rtn"), (8, "rtn"), (4, "search"), (8, "gptq"),
+]]  # fmt: skip
 
 
 def named(form: WeightFormat) -> str:
     zero = "zero points" if form.zero_points else "symmetric"
-    return f"{form.quantizer}, {form.bits} bit, block {form.block_size}, {zero}"
+    return f"{form.quantizer}, {form.bits} bit, block {form.block_size}, {zero}, {form.scale_type}"
 
 
 @dataclass(frozen=True)
@@ -86,11 +89,17 @@ def test_rounding_errs_by_half_a_step_and_the_search_by_no_more_in_all(
     # with zero points both ends of the range are up to half a step away from where they would be.
     rounding = np.spacing(np.abs(weight).max() * 2)
     bound = step * (1.0 if form.zero_points else 0.5) + rounding
+    half = np.finfo(np.float16)
+    coarse = form.scale_type == "float16"
+    if coarse:  # its smallest numbers have few digits
+        bound += 4 * half.smallest_subnormal * form.bits
     error = np.abs(dequantize(nearest) - weight)
     assert (error <= bound).all()
     if form.quantizer == "search":
         found = np.abs(dequantize(quantize(weight, form)) - weight)
         inexact = np.abs(weight).max() * 1e-6  # a fit is a quotient of float32 sums
+        if coarse:
+            inexact = np.abs(weight).max() * half.eps + 4 * half.smallest_subnormal * form.bits
         assert np.linalg.norm(found) <= np.linalg.norm(error + inexact) * 1.001
 
 
@@ -188,6 +197,26 @@ def test_streamed_tensors_are_those_of_the_whole(form: WeightFormat, packed_firs
     order = list(expected) if packed_first else list(expected)[::-1]
     for tensor in order + order[1:]:  # found on the way, or computed anew
         np.testing.assert_array_equal(tensor.numpy(), expected[tensor])
+
+
+def test_float16_scales_are_stored_as_they_were_computed_with() -> None:
+    weight = np.concatenate([normal(4, 64), 1e-9 * normal(4, 64), 6e4 * normal(4, 64)])
+    form = WeightFormat(scale_type="float16")
+    tensors = quantized_tensors(ir.Tensor(weight, name="w"), form)
+    quantized = quantize(weight, form)
+    stored = tensors.scales.numpy()
+    assert stored.dtype == np.float16
+    np.testing.assert_array_equal(stored.astype(np.float32), quantized.scale)
+    assert (stored != 0).all()
+    assert snr(weight[:4], form) > snr(weight[:4], WeightFormat()) - 0.01
+    assert tensors.scales.nbytes + tensors.packed.nbytes == form.bytes_of(12, 64)
+
+
+def test_a_scale_too_large_for_float16_is_refused_by_name() -> None:
+    weight = ir.Tensor(np.full((2, 32), 1e7, np.float32), name="layer.fc1")
+    tensors = quantized_tensors(weight, WeightFormat(scale_type="float16"))
+    with pytest.raises(ValueError, match=r"'layer\.fc1': a block has the scale .* float32"):
+        tensors.packed.tofile(io.BytesIO())
 
 
 def test_what_is_stored_of_a_weight_costs_one_pass_over_it() -> None:

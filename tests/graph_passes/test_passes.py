@@ -20,6 +20,7 @@ from graph_passes.quantize_matmul import quantize_matmul
 from graph_passes.quantize_matmul_channels import quantize_matmul_channels
 from graph_passes.read_tied_head_in_place import read_tied_head_in_place
 from graph_passes.recipe import WeightFormat
+from graph_passes.use_native_matmul import use_native_matmul
 
 EXACT: tuple[Pass, ...] = (
     cleanup,
@@ -174,6 +175,29 @@ def test_quantized_embedding_and_head_compute_with_the_dequantized_tables(
     tables = [name for name in result.graph.initializers if name.endswith(".packed")]
     assert len(tables) == (1 if tied else 2)
     assert "model.embed_tokens.weight" not in result.graph.initializers
+
+
+def test_float16_scales_go_into_the_product_and_are_cast_in_its_body(
+    traced: Make, run_model: Run
+) -> None:
+    model = cleanup(traced(hidden=64))
+    tables = quantize_embedding(model, bits=8, block_size=64, scale_type="float16")
+    quantized = quantize_matmul(
+        tables, bits=4, block_size=32, scale_type="float16", exact=["*.fc1.*"]
+    )
+    native = use_native_matmul(quantized)
+    products = [node for node in native.graph if node.op_type == "MatMulNBits"]
+    assert {node.domain for node in products} == {"ai.sambay"}
+    assert {node.inputs[2].const_value.dtype for node in products} == {ir.DataType.FLOAT16}
+    for node in products:
+        exact = "fc1" in str(node.inputs[1].name)
+        assert node.attributes.get_int("accuracy_level") == (1 if exact else 4)
+    assert_close(run_model(native), run_model(quantized))
+    wide = fold_weight_casts(quantized)  # for every other provider
+    assert ir.DataType.FLOAT16 not in {
+        value.dtype for name, value in wide.graph.initializers.items() if name.endswith(".scales")
+    }
+    assert_close(run_model(wide), run_model(quantized))
 
 
 def chosen_bits(model: ir.Model) -> dict[str, int]:

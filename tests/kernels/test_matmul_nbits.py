@@ -19,25 +19,35 @@ BLOCK, EXACT_TOKENS = 32, 8
 FINE, COARSE = 128 * 127 + 63, 127  # steps on either side of zero that an input is rounded to
 GRAPH = """
 <ir_version: 10, opset_import: ["" : 20, "com.microsoft" : 1]>
-product (float{x} x, uint8[{n},{blocks},{bytes}] B, float[{n},{blocks}] scales) => (float{y} y)
+product (float{x} x, uint8[{n},{blocks},{bytes}] B, {scale}[{n},{blocks}] scales) => (float{y} y)
 {{
+    wide = Cast <to=1> (scales)
     y = com.microsoft.MatMulNBits <K={k}, N={n}, bits={bits}, block_size={size},
-                                   accuracy_level={level}> (x, B, scales)
+                                   accuracy_level={level}> (x, B, wide)
 }}
 """
+FORMS = [(32, "float"), (32, "float16"), (64, "float16"), (128, "float"), (256, "float16")]
 by_isa = pytest.mark.parametrize("isa", ISAS)
 by_bits = pytest.mark.parametrize("bits", [4, 8])
 
 
 def product(
-    k: int, n: int, bits: int, *, level: int = 4, size: int = BLOCK, rank: int = 2
+    k: int,
+    n: int,
+    bits: int,
+    *,
+    level: int = 4,
+    size: int = BLOCK,
+    scale: str = "float",
+    rank: int = 2,
 ) -> ir.Model:
     """One product, with its weight as an input."""
     dims = ["a", "b", "c"][: rank - 1]
     text = GRAPH.format(
         x=f"[{','.join([*dims, str(k)])}]",
         y=f"[{','.join([*dims, str(n)])}]",
-        k=k, n=n, bits=bits, level=level, size=size, blocks=-(-k // size), bytes=size * bits // 8,
+        k=k, n=n, bits=bits, level=level, size=size, scale=scale, blocks=-(-k // size),
+        bytes=size * bits // 8,
     )  # fmt: skip
     return use_native_matmul(ir.from_onnx_text(text))
 
@@ -48,7 +58,7 @@ def serialized(model: ir.Model) -> bytes:
 
 @dataclass(frozen=True)
 class Weight:
-    """As the operator has it: bytes [n, blocks, 4 * bits], scales [n, blocks]."""
+    """As the operator has it: bytes [n, blocks, size * bits / 8], scales [n, blocks]."""
 
     packed: np.ndarray
     scale: np.ndarray
@@ -60,16 +70,21 @@ class Weight:
         stored = self.packed
         if self.bits == 4:
             stored = np.stack([stored & 0xF, stored >> 4], axis=-1).reshape(*stored.shape[:2], -1)
-        values = (stored - float(1 << (self.bits - 1))) * self.scale[:, :, None]
+        scale = self.scale.astype(np.float64)[:, :, None]
+        values = (stored - float(1 << (self.bits - 1))) * scale
         return values.reshape(len(values), -1)[:, : self.columns]
 
 
-def random_weight(k: int, n: int, bits: int, seed: int = 0) -> Weight:
+def random_weight(
+    k: int, n: int, bits: int, seed: int = 0, *, size: int = BLOCK, scale: str = "float"
+) -> Weight:
     """Every stored value that there is, the lowest too, and scales of both signs."""
-    rng, blocks = np.random.default_rng(seed), -(-k // BLOCK)
+    rng, blocks = np.random.default_rng(seed), -(-k // size)
     return Weight(
-        packed=rng.integers(0, 256, (n, blocks, BLOCK * bits // 8), np.uint8),
-        scale=(rng.uniform(-1, 1, (n, blocks)) / 2**bits).astype(np.float32),
+        packed=rng.integers(0, 256, (n, blocks, size * bits // 8), np.uint8),
+        scale=(rng.uniform(-1, 1, (n, blocks)) / 2**bits).astype(
+            {"float": np.float32, "float16": np.float16}[scale]
+        ),
         bits=bits,
         columns=k,
     )
@@ -117,17 +132,33 @@ def test_the_error_is_at_most_the_rounding_of_the_inputs(
         check(run(session, x, weight), x, weight, FINE if fine else COARSE)
 
 
+@by_isa
+@by_bits
+@pytest.mark.parametrize(("size", "scale"), FORMS[1:])
+@pytest.mark.parametrize(("k", "n"), [(32, 1), (544, 40), (1056, 5), (700, 3)])
+def test_larger_blocks_and_float16_scales_are_read_alike(
+    isa: str, bits: int, size: int, scale: str, k: int, n: int
+) -> None:
+    weight = random_weight(k, n, bits, seed=k, size=size, scale=scale)
+    session = open_session(serialized(product(k, n, bits, size=size, scale=scale)), isa=isa)
+    for tokens in (1, 3, 9, 40):
+        x = np.random.default_rng(tokens).standard_normal((tokens, k), np.float32)
+        check(run(session, x, weight), x, weight, FINE if tokens <= EXACT_TOKENS else COARSE)
+
+
 @settings(max_examples=30, deadline=None)
 @given(
     st.integers(1, 300), st.integers(1, 90), st.integers(1, 20), st.sampled_from([4, 8]),
-    st.integers(0, 99), st.floats(-12, 12),
+    st.integers(0, 99), st.floats(-12, 12), st.sampled_from(FORMS),
 )  # fmt: skip
 def test_sizes_and_magnitudes_do_not_matter(
-    k: int, n: int, tokens: int, bits: int, seed: int, power: float
+    k: int, n: int, tokens: int, bits: int, seed: int, power: float, form: tuple[int, str]
 ) -> None:
-    weight = random_weight(k, n, bits, seed)
+    size, scale = form
+    weight = random_weight(k, n, bits, seed, size=size, scale=scale)
     x = np.random.default_rng(seed).standard_normal((tokens, k)) * 10.0**power
-    session = open_session(serialized(product(k, n, bits)), isa="")
+    model = product(k, n, bits, size=size, scale=scale)
+    session = open_session(serialized(model), isa="")
     x = x.astype(np.float32)
     check(run(session, x, weight), x, weight, FINE if tokens <= EXACT_TOKENS else COARSE)
 
@@ -191,10 +222,13 @@ def test_leading_axes_are_tokens(bits: int, rank: int) -> None:
 
 
 @by_bits
-def test_weights_may_lie_anywhere_in_a_file(tmp_path: Path, bits: int) -> None:
+@pytest.mark.parametrize(("size", "scale"), FORMS)
+def test_weights_may_lie_anywhere_in_a_file(
+    tmp_path: Path, bits: int, size: int, scale: str
+) -> None:
     """At no alignment, the last byte of a weight being the last of the file and of its page."""
-    weight = random_weight(160, 35, bits)
-    model = product(160, 35, bits)
+    weight = random_weight(160, 35, bits, size=size, scale=scale)
+    model = product(160, 35, bits, size=size, scale=scale)
     data, place = bytearray(), {}
     for name, array in (("scales", weight.scale), ("B", weight.packed)):
         data += bytes(1 + (-(len(data) + 1 + array.nbytes) % 4096))
@@ -217,8 +251,12 @@ def test_weights_may_lie_anywhere_in_a_file(tmp_path: Path, bits: int) -> None:
 
 
 @by_bits
-def test_without_the_library_onnx_runtime_s_own_product_runs(bits: int) -> None:
-    weight, model = random_weight(256, 48, bits), serialized(product(256, 48, bits))
+@pytest.mark.parametrize(("size", "scale"), FORMS)
+def test_without_the_library_onnx_runtime_s_own_product_runs(
+    bits: int, size: int, scale: str
+) -> None:
+    weight = random_weight(256, 48, bits, size=size, scale=scale)
+    model = serialized(product(256, 48, bits, size=size, scale=scale))
     for tokens in (1, 30):
         x = np.random.default_rng(tokens).standard_normal((tokens, 256), np.float32)
         theirs, ours = (run(open_session(model, isa=isa), x, weight) for isa in (None, ""))
@@ -229,7 +267,8 @@ def test_without_the_library_onnx_runtime_s_own_product_runs(bits: int) -> None:
     ("attributes", "said"),
     [
         ({"bits": 3}, "bits 3"),
-        ({"block_size": 64}, "block_size 64"),
+        ({"block_size": 16}, "block_size 16"),
+        ({"block_size": 512}, "block_size 512"),
         ({"K": 0}, "K 0"),
         ({"N": -1}, "N -1"),
         ({"N": 1 << 40}, "N 1099511627776"),
@@ -238,7 +277,7 @@ def test_without_the_library_onnx_runtime_s_own_product_runs(bits: int) -> None:
 )
 def test_attributes_that_mean_nothing_are_refused(attributes: dict[str, int], said: str) -> None:
     model = product(64, 20, 4)
-    node = model.graph[0]
+    (node,) = model.graph
     for name, value in attributes.items():
         node.attributes[name] = ir.AttrInt64(name, value)
     with pytest.raises(Exception, match=f"{said}.*Export the model again"):
