@@ -1,7 +1,7 @@
 // A chat on the console through ONNX Runtime GenAI:  dotnet run -- PACKAGE [PROVIDER]
 //
-// Not compiled by this project: its machines have no .NET SDK. The calls are those of the sources of
-// Microsoft.ML.OnnxRuntimeGenAI; the same steps in Python are tested (tests/end_to_end/test_genai.py).
+// Compiled and tested on Linux, with .NET 8 and the sources of Microsoft.ML.OnnxRuntimeGenAI as npm has
+// them (../fetch_tools.sh); not run on Windows, nor with the NuGet package that the project names.
 //
 // PROVIDER (such as dml or cuda) replaces the one that genai_config.json names.
 
@@ -42,7 +42,8 @@ while (Ask() is { Length: > 0 } question)
     while (!generator.IsDone())
     {
         generator.GenerateNextToken();
-        Console.Write(stream.Decode(generator.GetSequence(0)[^1]));
+        // Not the last of the sequence: that stays the token before, when the end token comes.
+        Console.Write(stream.Decode(generator.GetNextTokens()[0]));
     }
     Console.WriteLine();
     answered = true;

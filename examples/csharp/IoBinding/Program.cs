@@ -1,7 +1,7 @@
 // Greedy decoding through plain ONNX Runtime:  dotnet run -- PACKAGE ID...
 //
-// Not compiled by this project: its machines have no .NET SDK. The calls are those of the sources of
-// Microsoft.ML.OnnxRuntime 1.20; examples/cpp takes the same steps, and is compiled and tested.
+// Compiled and tested on Linux, with .NET 8 and the sources of Microsoft.ML.OnnxRuntime as npm has them
+// (../fetch_tools.sh); not run on Windows, nor with the NuGet package that the project names.
 //
 // The IDs are the prompt's tokens. Prints those of the answer, the end token last. Every state is
 // bound once as past and as present, so a step copies none of them.
@@ -17,7 +17,8 @@ if (args.Length < 2)
     Console.Error.WriteLine("usage: IoBinding PACKAGE ID...");
     return 2;
 }
-var library = Path.Combine(args[0], "sambay_ops.dll");
+var suffix = OperatingSystem.IsWindows() ? "dll" : OperatingSystem.IsMacOS() ? "dylib" : "so";
+var library = Path.Combine(args[0], "sambay_ops." + suffix);
 using var options = new SessionOptions();
 // For the CPU provider only, and optional: without it the operators' bodies in the file run.
 if (File.Exists(library)) options.RegisterCustomOpLibrary(Path.GetFullPath(library));

@@ -1,6 +1,7 @@
 // A page of a WinUI 3 application that answers with a package.
 //
-// Not compiled by this project: its machines have no .NET SDK and no Windows.
+// Not compiled by this project: its machines have no Windows and no Windows App SDK. The calls to GenAI are
+// those of ../GenAIChat, which is compiled and tested.
 //
 // Needs the NuGet packages Microsoft.WindowsAppSDK and Microsoft.ML.OnnxRuntimeGenAI.WinML, and the
 // target framework net8.0-windows10.0.19041.0 or later. The package folder lies beside the application:
@@ -76,7 +77,7 @@ public sealed partial class ChatPage : Page
         while (!closed && !generator.IsDone())
         {
             generator.GenerateNextToken();
-            var piece = stream.Decode(generator.GetSequence(0)[^1]);
+            var piece = stream.Decode(generator.GetNextTokens()[0]);
             DispatcherQueue.TryEnqueue(() => Answer.Text += piece);
         }
     }
