@@ -24,7 +24,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from export.interrupts import hold_interrupts, keep_interrupts
+from export.interrupts import hold_interrupts, interrupt_on_termination, keep_interrupts
 from export.verify_options import add_options, refuse_idle_options, settings_of
 
 if TYPE_CHECKING:
@@ -58,10 +58,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
         Exit status: 0; 1 where --verify finds a bound exceeded; 2 for a wrong input, told in one
-        line on stderr; 130 after Ctrl-C.
+        line on stderr; 130 after Ctrl-C, 143 after SIGTERM.
     """
     options = _parse(arguments)
-    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    with interrupt_on_termination() as came:
+        status = _run(options, Console(stderr=True, soft_wrap=True, highlight=False))
+    return 143 if came and status == 130 else status
+
+
+def _run(options: argparse.Namespace, console: Console) -> int:
     try:
         with keep_interrupts():
             refuse_idle_options(options)
@@ -108,7 +113,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         metavar="DIR|ID",
         help="folder in Hugging Face layout, or a hub id; default: the small model shipped inside",
     )
-    parser.add_argument("--target", help="see --list-targets; auto: what this machine has (default: cpu-int4)")
+    parser.add_argument(
+        "--target", help="see --list-targets; auto: what this machine has (default: cpu-int4)"
+    )
     parser.add_argument(
         "-o", "--output", type=Path, metavar="DIR", help="default: ./<checkpoint>-<target>"
     )

@@ -1,4 +1,4 @@
-"""Ctrl-C that is not lost, and does not become another error.
+"""Ctrl-C that is not lost, and does not become another error; SIGTERM that ends like Ctrl-C.
 
 Python raises it wherever the main thread happens to be. In the callback of a weak reference or in
 a destructor an exception can only be printed and forgotten, and tracing spends a tenth of its time
@@ -13,6 +13,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
+from types import FrameType
 from typing import Any
 
 _PAUSE = 0.05  # seconds, for such a callback to come to its end
@@ -47,6 +48,32 @@ def keep_interrupts() -> Iterator[None]:
     finally:
         ended.set()
         sys.unraisablehook = report
+
+
+@contextlib.contextmanager
+def interrupt_on_termination() -> Iterator[list[int]]:
+    """Take SIGTERM as Ctrl-C, so that what is unfinished is cleaned up.
+
+    Yields:
+        What came: empty, or SIGTERM, and then the program's exit status should be 143.
+    """
+    came = list[int]()
+    if threading.current_thread() is not threading.main_thread():
+        yield came
+        return
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        if came:
+            return  # it is on its way; cleaning up goes on
+        came.append(number)
+        held = signal.getsignal(signal.SIGINT)  # hold_interrupts lets it wait
+        (held if callable(held) else signal.default_int_handler)(signal.SIGINT, frame)
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield came
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager

@@ -2,7 +2,9 @@
 
 It is filled under another name beside its destination, ``.{name}.partial-{process}``, and renamed
 when complete. Whatever ends the writing before that removes it; only a killed process leaves one,
-and the next writing to the same destination removes that.
+and the next writing to the same destination removes that. A package to be replaced stands aside,
+as ``.{name}.replaced-{process}``, for the moment of the rename; the next writing brings back what a
+process killed just then has left there.
 """
 
 from __future__ import annotations
@@ -31,6 +33,8 @@ class DestinationError(OSError):
 def check_destination(destination: Path, *, force: bool = False, size: int = 0) -> None:
     """Refuse a destination that writing would fail at, before any work; nothing is left behind.
 
+    A package that a killed process had moved aside is back at the destination first.
+
     Args:
         destination: folder the package will be.
         force: replace a package that is there.
@@ -41,6 +45,7 @@ def check_destination(destination: Path, *, force: bool = False, size: int = 0) 
     """
     destination = Path(destination).resolve()
     try:
+        _restore_replaced(destination)
         _check_existing(destination, force=force)
         parent = _nearest_existing(destination)
     except DestinationError:
@@ -154,14 +159,30 @@ def _sibling(destination: Path, role: str) -> Path:
     return destination.with_name(f".{destination.name}.{role}-{os.getpid()}")
 
 
+def _restore_replaced(destination: Path) -> None:
+    """Bring back a package if a process was killed between moving it aside and its own rename."""
+    if destination.exists() or not destination.parent.is_dir():
+        return
+    aside = [each for each in _abandoned(destination, "replaced") if _is_package(each)]
+    if aside:
+        max(aside, key=lambda each: each.stat().st_mtime).rename(destination)
+
+
 def _remove_abandoned(destination: Path, role: str) -> None:
     """Remove what killed processes left of earlier writings."""
-    start = f".{destination.name}.{role}-"
+    for folder in _abandoned(destination, role):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _abandoned(destination: Path, role: str) -> list[Path]:
+    """Siblings of the destination with a role whose process is no more."""
+    start, found = f".{destination.name}.{role}-", []
     for folder in destination.parent.iterdir():
         process = folder.name.removeprefix(start)
         # A number equal to ours was a process of another time: numbers are used again.
         if folder.name.startswith(start) and process.isdecimal() and not _runs(int(process)):
-            shutil.rmtree(folder, ignore_errors=True)
+            found.append(folder)
+    return found
 
 
 def _runs(process: int) -> bool:

@@ -136,10 +136,13 @@ MOMENTS = {
 }
 
 
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 @pytest.mark.parametrize("moment", MOMENTS)
-def test_ctrl_c_leaves_nothing(export_c4: Exporter, tmp_path: Path, moment: str) -> None:
-    stop = (*MOMENTS[moment], signal.SIGINT)
-    assert export_c4(tmp_path / "package", moment=stop) == (130, INTERRUPTED)
+def test_ctrl_c_or_a_termination_leaves_nothing(
+    export_c4: Exporter, tmp_path: Path, moment: str, number: int, status: int
+) -> None:
+    stop = (*MOMENTS[moment], number)
+    assert export_c4(tmp_path / "package", moment=stop) == (status, INTERRUPTED)
     assert names(tmp_path) == []
 
 
@@ -199,6 +202,21 @@ def test_a_replaced_package_stays_until_the_new_one_is_complete(
     assert contents(package).keys() == old.keys()
     assert contents(package)["model.onnx"] != old["model.onnx"]
     assert names(tmp_path) == ["package"]
+
+
+def test_a_package_moved_aside_when_an_export_was_killed_comes_back(
+    export_c4: Exporter, tmp_path: Path
+) -> None:
+    package = tmp_path / "package"
+    assert export_c4(package)[0] == 0
+    old = contents(package)
+    between = ("os.rename", ".package.partial-", signal.SIGKILL)  # the second of two renames
+    assert export_c4(package, "--force", moment=between)[0] == -signal.SIGKILL
+    assert not package.exists()
+    status, said = export_c4(package)
+    assert status == 2
+    assert "exists already: pass --force" in said
+    assert contents(package) == old
 
 
 @pytest.mark.parametrize("largest", [1_000, 100_000])

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from export.interrupts import hold_interrupts, keep_interrupts
+from export.interrupts import hold_interrupts, interrupt_on_termination, keep_interrupts
 
 
 class Thing:
@@ -43,6 +43,25 @@ def test_a_held_interrupt_waits_for_the_end_of_the_block() -> None:
     assert steps == ["the block went on"]
     with pytest.raises(KeyboardInterrupt):
         signal.raise_signal(signal.SIGINT)
+
+
+def test_a_termination_ends_as_an_interrupt_and_only_once() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with interrupt_on_termination() as came:
+        assert came == []
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)  # while everything is cleaned up
+        assert came == [signal.SIGTERM]
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_termination_is_held_as_an_interrupt() -> None:
+    steps: list[str] = []
+    with interrupt_on_termination(), pytest.raises(KeyboardInterrupt), hold_interrupts():  # noqa: PT012
+        signal.raise_signal(signal.SIGTERM)
+        steps.append("the block went on")
+    assert steps == ["the block went on"]
 
 
 def test_interrupts_are_held_in_the_main_thread_only() -> None:

@@ -2,6 +2,7 @@ import errno
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -132,6 +133,23 @@ def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path: Path) 
         (tmp_path / name / "model.onnx").write_text("half")
     write(tmp_path / "package")
     assert names(tmp_path) == sorted([*kept, "package"])
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_a_package_left_aside_by_a_killed_process_comes_back(tmp_path: Path, force: bool) -> None:
+    """Killed between the two renames: the old package has no name that a user would find."""
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    write(tmp_path / "package", "old")
+    (tmp_path / "package").rename(tmp_path / f".package.replaced-{ended.pid}")
+    write_new = partial(write, tmp_path / "package", force=force)
+    if force:
+        write_new()
+    else:
+        with pytest.raises(DestinationError, match="--force"):
+            write_new()
+    assert names(tmp_path) == ["package"]
+    assert (tmp_path / "package" / "content").read_text() == ("new" if force else "old")
 
 
 def test_a_rename_that_fails_brings_the_old_package_back(
