@@ -19,6 +19,7 @@ from runtime_py.native import library_path
 MODEL_FILE, MANIFEST = "model.onnx", "manifest.json"
 VERSION = "1"
 CPU = "CPUExecutionProvider"
+THREADS_A_CORE = 8  # far beyond what helps; thousands take minutes to start
 AGAIN = "export the checkpoint again with this version of phi4export"
 
 
@@ -67,11 +68,15 @@ def open_model(
         providers: execution providers, best first; None takes the one the package was made for.
 
     Raises:
-        InputError: threads is below 1, or a provider is not in this ONNX Runtime.
+        InputError: threads is below 1 or far beyond the cores, or a provider is not in this ONNX Runtime.
         PackageError: the file cannot be read as a model.
     """
-    if threads is not None and threads < 1:
-        raise InputError(f"threads is {threads}; give 1 or more")
+    cores = os.cpu_count() or 1
+    if threads is not None and not 1 <= threads <= THREADS_A_CORE * cores:
+        raise InputError(
+            f"threads is {threads}; give 1 to {THREADS_A_CORE * cores}, best at most {cores}: "
+            "more than this machine has cores wait for each other"
+        )
     _check_sizes(path)
     told = read_metadata_props(path)
     made_for = told.get("sambay.provider", CPU)

@@ -60,7 +60,9 @@ def test_a_state_of_unknown_size_is_refused(tmp_path, model_file, axis):
         Session(path)
 
 
-@pytest.mark.parametrize("wrong", [{"threads": 0}, {"providers": ["AbacusProvider"]}], ids=str)
+@pytest.mark.parametrize(
+    "wrong", [{"threads": 0}, {"threads": 99_999}, {"providers": ["AbacusProvider"]}], ids=str
+)
 def test_threads_and_providers_that_cannot_be_had_are_refused(package, wrong):
     with pytest.raises(InputError, match=r"threads|AbacusProvider"):
         Session(package, **wrong)
