@@ -71,7 +71,7 @@ def make_model(shape: Shape, domain: str, count: int) -> bytes:
     scales = rng.uniform(0.001, 0.002, sizes[:2]).astype(SCALES[domain])
     scale_type = helper.np_dtype_to_tensor_dtype(scales.dtype)
     value, tensor = helper.make_tensor_value_info, helper.make_tensor
-    settings = {"K": shape.inputs, "N": shape.outputs, "bits": shape.bits}
+    settings: dict[str, Any] = {"K": shape.inputs, "N": shape.outputs, "bits": shape.bits}
     settings |= {"block_size": shape.block, "accuracy_level": 4}
     nodes, weights, results = [], [], []
     for i in range(count):
