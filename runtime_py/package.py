@@ -68,7 +68,8 @@ def open_model(
         providers: execution providers, best first; None takes the one the package was made for.
 
     Raises:
-        InputError: threads is below 1 or far beyond the cores, or a provider is not in this ONNX Runtime.
+        InputError: threads is below 1 or far beyond the cores, or a provider is not in this ONNX
+            Runtime.
         PackageError: the file cannot be read as a model.
     """
     cores = os.cpu_count() or 1
