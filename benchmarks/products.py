@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 import time
@@ -67,7 +68,6 @@ def make_model(shape: Shape, domain: str, count: int) -> bytes:
     """`count` products of one input with a weight each."""
     rng, blocks = np.random.default_rng(0), shape.inputs // shape.block
     sizes = [shape.outputs, blocks, shape.block * shape.bits // 8]
-    packed = rng.integers(0, 256, sizes, np.uint8).tobytes()
     scales = rng.uniform(0.001, 0.002, sizes[:2]).astype(SCALES[domain])
     scale_type = helper.np_dtype_to_tensor_dtype(scales.dtype)
     value, tensor = helper.make_tensor_value_info, helper.make_tensor
@@ -75,6 +75,7 @@ def make_model(shape: Shape, domain: str, count: int) -> bytes:
     settings |= {"block_size": shape.block, "accuracy_level": 4}
     nodes, weights, results = [], [], []
     for i in range(count):
+        packed = rng.bytes(math.prod(sizes))  # each its own: equal ones might be stored once
         weights.append(tensor(f"B{i}", TensorProto.UINT8, sizes, packed, raw=True))
         weights.append(tensor(f"scales{i}", scale_type, sizes[:2], scales.tobytes(), raw=True))
         names = ["x", f"B{i}", f"scales{i}"]
