@@ -182,9 +182,11 @@ class SlicedPackage:
                 if name not in part.presents:
                     carried[name].append(found[name])
             for name in part.presents:
-                track.states[name] = found[name]
                 states[name.replace(_PRESENT, _PAST, 1)] = found[name]
         track.stream = np.concatenate(streams, axis=1)
+        for name in part.presents:
+            # A copy: what a session returns keeps all memory of the session.
+            track.states[name] = states[name.replace(_PRESENT, _PAST, 1)].copy()
         for name, pieces in carried.items():
             if pieces:
                 track.carried[name] = np.concatenate(pieces, axis=1)

@@ -14,7 +14,9 @@ import pytest
 from export.bounds import LIMITS, token_bounds
 from export.cli import REFERENCE
 from export.compare import TokenQuality
+from export.package_slices import SlicedPackage, Track
 from export.verify import main
+from runtime_py.package import find_model
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "C4"
 TEXT = "<|user|>What is 61 * 0?<|end|><|assistant|><think>1*0+0=0c0 6*0+0=0c0</think>"
@@ -233,6 +235,15 @@ def test_logits_that_are_no_numbers_exceed_every_bound() -> None:
     assert sum(quality.histogram()[1]) == 3
     bounds = token_bounds("text", quality, 4, vocabulary=8, kl=1e9, top1=0)
     assert [bound.held for bound in bounds] == [False, True]
+
+
+def test_states_keep_no_session_in_memory(export) -> None:
+    package = SlicedPackage(find_model(export(None, "cpu-int8")), library=None, threads=1)
+    track = Track(np.arange(40)[None])
+    for part in package.slices[:7]:
+        package.run(part, package.open(part), track)
+    assert len(track.states) == 12
+    assert all(state.flags.owndata for state in track.states.values())
 
 
 BAD_INPUT = {
