@@ -203,6 +203,7 @@ class Sequence:
         logits.view(np.uint32).flat[0] = NOT_WRITTEN
         buffers.mask[:, self._length :] = 0  # a run that did not come about may have left ones
         buffers.mask[:, self._length : end] = np.arange(ids.shape[1]) < lengths[:, None]
+        buffers.bind_again()
         buffers.binding.bind_cpu_input(IDS, ids)
         buffers.binding.bind_ortvalue_output(LOGITS, ort.OrtValue.ortvalue_from_numpy(logits))
         self._run = _Run(logits, lengths, end)

@@ -48,7 +48,7 @@ class Session:
             path: the package folder or its ``model.onnx``.
             threads: of one operator; None takes one a physical core.
             providers: ONNX Runtime execution providers, best first; None takes the one that the
-                package was made for. States live in the CPU's memory with each of them.
+                package was made for. States live on a CUDA device, or else in the CPU's memory.
 
         Raises:
             PackageError: there is no model, it cannot be read, or it is none of ours.

@@ -61,9 +61,7 @@ def read_snapshot(
                 raise SnapshotError(f"{path} was saved with another model; {again}")
             length, mask = int(told["length"]), stored[MASK]
             buffers = session.buffers(len(mask), length)
-            buffers.mask[:, :length] = mask
-            for state, array in zip(session.states, buffers.arrays, strict=True):
-                array[state.used(length)] = stored[state.past]
+            buffers.fill((stored[state.past] for state in session.states), mask)
             return buffers, length, stored[LOGITS] if length else None
     except FileNotFoundError as error:
         raise SnapshotError(f"{path} does not exist; give a file that save() wrote") from error

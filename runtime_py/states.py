@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import onnxruntime as ort
@@ -23,6 +23,9 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "tensor(float16)": np.dtype(np.float16),
     "tensor(int8)": np.dtype(np.int8),
 }
+# Where states live: what ONNX Runtime's Python can make tensors in. Another provider's states live
+# in the processor's memory and travel in every run.
+DEVICES = {"CPUExecutionProvider": "cpu", "CUDAExecutionProvider": "cuda"}
 BLOCK = 256  # slots; capacities are multiples of it
 GROWTH = 1.25  # amortises copying to at most 5 copies of a slot, wastes at most a quarter
 
@@ -109,9 +112,12 @@ def _sizes(axes: Iterable[Any]) -> set[int]:
     return {axis for axis in axes if isinstance(axis, int)}
 
 
+Memory: TypeAlias = "np.ndarray | ort.OrtValue"  # of the processor, or of a device
+
+
 @dataclass(frozen=True)
 class Buffers:
-    """The arrays a sequence lives in, bound to a model's inputs and outputs.
+    """The memory a sequence lives in, bound to a model's inputs and outputs.
 
     Past and present of a state are the same memory: a run changes it in place.
     """
@@ -119,7 +125,7 @@ class Buffers:
     model: ort.InferenceSession
     states: tuple[State, ...]
     window: int
-    arrays: tuple[np.ndarray, ...]  # one a state
+    memory: tuple[Memory, ...]  # one a state
     mask: np.ndarray  # int64 [batch, capacity]: 1 a token; 0 padding, or not there yet
     binding: Any  # ort.IOBinding; ids and logits are bound for each run
 
@@ -134,9 +140,14 @@ class Buffers:
     ) -> Buffers:
         """Zero states for ``batch`` rows of up to ``capacity`` tokens."""
         sizes = {"batch": batch, "window": window, GROWING: capacity}
-        arrays = tuple(state.zeros(sizes) for state in states)
+        memory = tuple(_on_device(model, state.zeros(sizes)) for state in states)
         mask = np.zeros((batch, capacity), np.int64)
-        return Buffers(model, states, window, arrays, mask, _bind(model, states, arrays, mask))
+        return Buffers(model, states, window, memory, mask, _bind(model, states, memory, mask))
+
+    @property
+    def arrays(self) -> tuple[np.ndarray, ...]:
+        """The states, one array each: their memory itself, or a copy of what a device has."""
+        return tuple(_as_array(each) for each in self.memory)
 
     @property
     def capacity(self) -> int:
@@ -145,8 +156,35 @@ class Buffers:
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of all arrays but the mask."""
-        return sum(array.nbytes for array in self.arrays)
+        """Bytes of all states."""
+        sizes = (
+            each.nbytes if isinstance(each, np.ndarray) else each.tensor_size_in_bytes()
+            for each in self.memory
+        )
+        return sum(sizes)
+
+    def bind_again(self) -> None:
+        """Make the next run see what changed since the last.
+
+        A binding reads the processor's memory in place, but for another device it takes a copy of
+        it when it is bound.
+        """
+        if _device(self.model) != "cpu":
+            _bind_inputs(self.binding, self.states, self.memory, self.mask)
+
+    def fill(self, stored: Iterable[np.ndarray], mask: np.ndarray) -> None:
+        """Take over states, each as far as it is used, and the mask [batch, tokens] up to here.
+
+        Raises:
+            ValueError: a shape is not that of the state.
+        """
+        used = mask.shape[1]
+        self.mask[:, :used] = mask
+        for state, memory, part in zip(self.states, self.memory, stored, strict=True):
+            array = _as_array(memory)
+            array[state.used(used)] = part
+            if not isinstance(memory, np.ndarray):
+                memory.update_inplace(array)
 
     def grown(self, capacity: int, used: int) -> Buffers:
         """Buffers with more room; those that do not grow are shared with these."""
@@ -158,26 +196,58 @@ class Buffers:
 
     def _moved(self, capacity: int, used: int, *, share: bool) -> Buffers:
         sizes = {"batch": len(self.mask), "window": self.window, GROWING: capacity}
-        arrays = tuple(
-            array if share and not state.grows else state.copy(array, sizes, used)
-            for state, array in zip(self.states, self.arrays, strict=True)
+        memory = tuple(
+            each
+            if share and not state.grows
+            else _on_device(self.model, state.copy(_as_array(each), sizes, used))
+            for state, each in zip(self.states, self.memory, strict=True)
         )
         mask = np.zeros((len(self.mask), capacity), np.int64)
         mask[:, :used] = self.mask[:, :used]
-        binding = _bind(self.model, self.states, arrays, mask)
-        return Buffers(self.model, self.states, self.window, arrays, mask, binding)
+        binding = _bind(self.model, self.states, memory, mask)
+        return Buffers(self.model, self.states, self.window, memory, mask, binding)
+
+
+def _device(model: Any) -> str:
+    """Where the model's states live; empty where they travel."""
+    return DEVICES.get(model.get_providers()[0], "")
+
+
+def _on_device(model: Any, array: np.ndarray) -> Memory:
+    device = _device(model)
+    if device in ("", "cpu"):
+        return array
+    return ort.OrtValue.ortvalue_from_numpy(array, device)
+
+
+def _as_array(memory: Memory) -> np.ndarray:
+    if isinstance(memory, np.ndarray):
+        return memory
+    return np.asarray(memory.numpy())
+
+
+def _as_value(memory: Memory) -> Any:
+    if isinstance(memory, np.ndarray):
+        return ort.OrtValue.ortvalue_from_numpy(memory)  # wraps the array, copies nothing
+    return memory
 
 
 def _bind(
     model: ort.InferenceSession,
     states: tuple[State, ...],
-    arrays: tuple[np.ndarray, ...],
+    memory: tuple[Memory, ...],
     mask: np.ndarray,
 ) -> Any:
     binding = model.io_binding()
-    binding.bind_cpu_input(MASK, mask)
-    for state, array in zip(states, arrays, strict=True):
-        value = ort.OrtValue.ortvalue_from_numpy(array)  # wraps the array, copies nothing
-        binding.bind_ortvalue_input(state.past, value)
-        binding.bind_ortvalue_output(state.present, value)
+    _bind_inputs(binding, states, memory, mask)
+    for state, each in zip(states, memory, strict=True):
+        binding.bind_ortvalue_output(state.present, _as_value(each))
     return binding
+
+
+def _bind_inputs(
+    binding: Any, states: tuple[State, ...], memory: tuple[Memory, ...], mask: np.ndarray
+) -> None:
+    binding.bind_cpu_input(MASK, mask)
+    for state, each in zip(states, memory, strict=True):
+        binding.bind_ortvalue_input(state.past, _as_value(each))
