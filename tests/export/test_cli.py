@@ -1,3 +1,4 @@
+import json
 import os
 import subprocess
 import sys
@@ -41,3 +42,27 @@ def test_a_full_disk_behind_stdout_is_one_line() -> None:
         done = subprocess.run(command, cwd=ROOT, stdout=full, stderr=subprocess.PIPE)
     assert done.returncode == 2
     assert done.stderr == b"phi4export: error: cannot write to stdout: No space left on device\n"
+
+
+@pytest.mark.parametrize("module", ["torch", "onnx", "onnx_ir", "onnxscript", "ml_dtypes"])
+def test_a_missing_extra_is_named_with_its_command(tmp_path: Path, module: str) -> None:
+    """In a process of its own: here all is imported already."""
+    hide = f"import sys; sys.modules[{module!r}] = None; from export.cli import main; "
+    command = [sys.executable, "-c", hide + "sys.exit(main(sys.argv[1:]))"]
+    arguments = ["--target", "directml-int4", "-o", str(tmp_path / "package")]
+    done = subprocess.run([*command, *arguments], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert f"{module} is not installed" in done.stderr
+    assert "pip install 'phi4export[export]'" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_auto_exports_for_the_provider_that_is_installed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = ["DmlExecutionProvider", "CPUExecutionProvider"]
+    monkeypatch.setattr("onnxruntime.get_available_providers", lambda: there)
+    assert phi4export(["--target", "auto", "-o", str(tmp_path / "package")]) == 0
+    manifest = json.loads((tmp_path / "package/manifest.json").read_text(encoding="utf-8"))
+    assert manifest["target"] == "directml-int4"
