@@ -247,6 +247,12 @@ def _export(options: argparse.Namespace, console: Console) -> int:
     target = DEFAULT if options.target is None else find_target(options.target)
     if options.cache is not None:
         target = with_cache(target, options.cache)
+    idle = "--verify" if options.verify else "--all-logits" if options.all_logits else None
+    if target.graphs and idle:
+        raise ValueError(
+            f"{idle} needs a package of one graph, {target.name} has {len(target.graphs)}: "
+            "choose a cpu target"
+        )
     source = _source(options)
     name = Path(os.path.abspath(source)).name  # a hub's folder is called by a digest
     destination = options.output or Path(f"{name}-{target.name}")
@@ -372,7 +378,7 @@ def _write(
             force=options.force,
             progress=stage("writing", package_size(model)),
         )
-    if not (package / GENAI).is_file():
+    if not (package / GENAI).is_file() and not target.graphs:
         notes.append(
             f"ONNX Runtime GenAI does not know caches of {target.cache}, so there is no {GENAI}; "
             "for GenAI choose --cache float16"

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import json
+
 import onnx_ir as ir
 
 from graph_passes.pipeline import graph_pass
 
 
 @graph_pass
-def fix_dimension(model: ir.Model, *, name: str, size: int) -> None:
+def fix_dimension(model: ir.Model, *, name: str, size: int | str) -> None:
     """Replace a dimension's name by a number wherever it stands in a shape.
 
     Args:
         name: such as "batch".
-        size: what a runtime must then give.
+        size: what a runtime must then give; a name is that of a size in metadata
+            ``sambay.config``, such as "sliding_window".
 
     Raises:
         ValueError: no input has a dimension of that name, or size is below 1.
     """
+    if isinstance(size, str):
+        size = int(json.loads(model.metadata_props["sambay.config"])[size])
     if size < 1:
         raise ValueError(f"fix_dimension: {name!r} cannot be {size}, expected 1 or more")
     graph = model.graph

@@ -19,6 +19,7 @@ def gather_single_row(model: ir.Model) -> None:
         ValueError: a GatherND with a batch dimension has more rows than one, or other indices.
     """
     graph = model.graph
+    columns: dict[ir.Value, ir.Value] = {}  # one for all readers of an index
     for node in list(graph):
         if node.op_type != "GatherND" or node.attributes.get_int("batch_dims", 0) == 0:
             continue
@@ -32,14 +33,23 @@ def gather_single_row(model: ir.Model) -> None:
                     f"gather_single_row: {value.name!r} of {node.name or 'a GatherND'} is {shape}, "
                     "expected one row and indices [1, K, 1]: list fix_dimension before"
                 )
-        flat = ir.tensor(np.array([-1], np.int64), name=f"{node.outputs[0].name}.flat")
-        column = ir.node("Reshape", [index, add_initializer(graph, flat)])
-        gather = ir.node("Gather", [x, column.outputs[0]], {"axis": 1})
-        column.outputs[0].type = index.type
-        column.outputs[0].shape = ir.Shape([index.shape[1]])  # type: ignore[index]
-        graph.insert_before(node, [column, gather])
+        if index not in columns:
+            columns[index] = _column(graph, node, index)
+        gather = ir.node("Gather", [x, columns[index]], {"axis": 1})
+        graph.insert_before(node, gather)
         _take_over(node.outputs[0], gather.outputs[0])
         graph.remove(node, safe=True)
+
+
+def _column(graph: ir.Graph, reader: ir.Node, index: ir.Value) -> ir.Value:
+    """An index [1, K, 1] as [K], computed before its first reader."""
+    flat = ir.tensor(np.array([-1], np.int64), name="gather_single_row.flat")
+    node = ir.node("Reshape", [index, add_initializer(graph, flat)])
+    column = node.outputs[0]
+    column.name, column.type = f"{index.name}.column", index.type
+    column.shape = ir.Shape([index.shape[1]])  # type: ignore[index]
+    graph.insert_before(reader, node)
+    return column
 
 
 def _take_over(old: ir.Value, new: ir.Value) -> None:

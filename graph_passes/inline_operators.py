@@ -10,16 +10,19 @@ from graph_passes.pipeline import graph_pass
 
 
 @graph_pass
-def inline_operators(model: ir.Model) -> None:
-    """Replace every node that has a function body by that body; no function is left.
+def inline_operators(model: ir.Model, *, keep: tuple[str, ...] = ()) -> None:
+    """Replace every node that has a function body by that body; no other function is left.
 
     ``CastLike`` becomes ``Cast``, or nothing where the dtype is that already.
+
+    Args:
+        keep: operators that stay, for a part of the graph whose provider has kernels for them.
 
     Raises:
         ValueError: an operator of our domain has no body in the model.
     """
-    common.InlinePass()(model)
-    left = {node.op_type for node in model.graph if node.domain == "ai.sambay"}
+    common.InlinePass(lambda function: function.name not in keep)(model)
+    left = {node.op_type for node in model.graph if node.domain == "ai.sambay"} - set(keep)
     if left:
         raise ValueError(f"inline_operators: {sorted(left)} have no body in the model")
     fill_in_types(model)

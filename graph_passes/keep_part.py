@@ -11,6 +11,7 @@ from graph_passes.pipeline import graph_pass
 
 PARTS = ("tokens", "fixed", "growing")
 _CALL = ("input_ids", "attention_mask")
+_DOMAIN = "ai.sambay"
 
 
 @graph_pass
@@ -25,23 +26,30 @@ def keep_part(model: ir.Model, *, part: str) -> None:
     an output of that one. What weights alone give is computed in every part that reads it.
 
     Args:
-        part: one of PARTS. List the pass behind inline_operators, and behind fix_dimension and
-            fold_shapes where a size is to be fixed.
+        part: one of PARTS. List the pass behind fix_dimension and fold_shapes where a size is to
+            be fixed. "growing" may have operators of ours, the others have inlined ones.
 
     Raises:
         ValueError: there is no such part, or an operator's body is not in its place yet.
     """
     if part not in PARTS:
         raise ValueError(f"keep_part: part is {part!r}, expected one of {', '.join(PARTS)}")
-    if model.functions:
-        raise ValueError("keep_part: the graph has operators of ours: list inline_operators before")
     graph = model.graph
-    places = _places(model)
+    places = find_parts(model)
+    if part != "growing":
+        ours = {n.op_type for n in graph if n.domain == _DOMAIN and places.get(n) != "growing"}
+        if ours:
+            raise ValueError(
+                f"keep_part: part {part!r} has operators of ours ({', '.join(sorted(ours))}): "
+                "list inline_operators before"
+            )
     inputs, outputs = _boundary(graph, places, part)
     graph.outputs[:] = outputs
     graph.inputs[:] = [_as_input(value) for value in inputs]
     graph.remove([node for node in graph if places.get(node, part) != part], safe=True)
     common.RemoveUnusedNodesPass()(model)
+    common.RemoveUnusedFunctionsPass()(model)
+    common.RemoveUnusedOpsetsPass()(model)
 
 
 def _as_input(value: ir.Value) -> ir.Value:
@@ -54,8 +62,8 @@ def _as_input(value: ir.Value) -> ir.Value:
     return given
 
 
-def _places(model: ir.Model) -> dict[ir.Node, str]:
-    """The part of every node; none for what is computed from weights alone."""
+def find_parts(model: ir.Model) -> dict[ir.Node, str]:
+    """The part of every node, one of PARTS; none for what is computed from weights alone."""
     layers = json.loads(model.metadata_props["sambay.config"])["num_hidden_layers"]
     shared = f"past_key_values.{layers // 2 + 1}."
     places: dict[ir.Node, str] = {}

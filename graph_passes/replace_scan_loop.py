@@ -94,7 +94,9 @@ _TAIL = """
 
 
 @graph_pass
-def replace_scan_loop(model: ir.Model, *, max_tokens: int, softplus: str = "operator") -> None:
+def replace_scan_loop(
+    model: ir.Model, *, max_tokens: int, softplus: str = "operator", degree: int = 9
+) -> None:
     """Put a body without Scan in the place of SelectiveScan's own; the operator stays.
 
     A step of the recurrence h_t = a_t h_{t-1} + b_t is the pair (a_t, b_t). Two neighbours combine
@@ -106,28 +108,29 @@ def replace_scan_loop(model: ir.Model, *, max_tokens: int, softplus: str = "oper
     mask, rather than being cut.
 
     Args:
-        max_tokens: most tokens of one call, a power of 2.
-        softplus: "operator"; or "polynomial", 1e-7 off, for providers that have none or a bad one.
+        max_tokens: most tokens of one call, a power of 2; 1 is a body of a single step.
+        softplus: "operator"; or "polynomial", for providers that have none or a bad one.
+        degree: of that polynomial; 9 is 2e-8 off, 5 is 9e-6 off, enough for float16.
 
     Raises:
-        ValueError: max_tokens is no power of 2 above 1, or softplus is neither.
+        ValueError: max_tokens is no power of 2, or softplus is neither.
     """
     if softplus not in _SOFTPLUS:
         raise ValueError(f"replace_scan_loop: softplus is {softplus!r}, not {list(_SOFTPLUS)}")
-    if max_tokens < 2 or max_tokens & (max_tokens - 1):
-        raise ValueError(f"replace_scan_loop: max_tokens is {max_tokens}, expected 2, 4, 8, ...")
+    if max_tokens < 1 or max_tokens & (max_tokens - 1):
+        raise ValueError(f"replace_scan_loop: max_tokens is {max_tokens}, expected 1, 2, 4, ...")
     found = ("ai.sambay", "SelectiveScan", "")
     if found in model.functions:
-        body = _body(max_tokens, softplus)
+        body = _body(max_tokens, softplus, degree)
         model.functions[found] = ir.serde.deserialize_function(body)
     model.metadata_props[MAX_TOKENS] = str(max_tokens)
 
 
-def _body(max_tokens: int, softplus: str) -> onnx.FunctionProto:
+def _body(max_tokens: int, softplus: str, degree: int) -> onnx.FunctionProto:
     rounds = max_tokens.bit_length() - 1
     text = _HEAD.format(
         every=", ".join(map(str, range(max_tokens))),
-        softplus=_SOFTPLUS[softplus].format(log1p=_log1p()),
+        softplus=_SOFTPLUS[softplus].format(log1p=_log1p(degree)),
     )
     for k in range(rounds):
         text += _STEP.format(k=k, next=k + 1, shift=1 << k)
@@ -135,8 +138,8 @@ def _body(max_tokens: int, softplus: str) -> onnx.FunctionProto:
     return onnx.parser.parse_function(text + _TAIL.format(k=rounds))
 
 
-def _log1p(degree: int = 9) -> str:
-    """Nodes that compute log1p of u in [0, 1] by Horner's rule, relative error 2e-8."""
+def _log1p(degree: int) -> str:
+    """Nodes that compute log1p of u in [0, 1] by Horner's rule."""
     nodes = np.cos(np.pi * (np.arange(64) + 0.5) / 64) / 2 + 0.5
     fit = np.polynomial.Polynomial.fit(nodes, np.log1p(nodes) / nodes, degree).convert()
     *lower, value = fit.coef

@@ -87,11 +87,16 @@ MoveRing (keys, values, past_key, k, v, past_lengths, lengths) => (present_key, 
 
 
 @graph_pass
-def replace_scatter(model: ir.Model) -> None:
+def replace_scatter(
+    model: ir.Model, *, operators: tuple[str, ...] = ("AppendKeyValue", "DifferentialAttention")
+) -> None:
     """Give the operators that write caches bodies that choose every slot with Where.
 
     A step then reads and writes the whole capacity, as ScatterND does on a device that cannot
     write in place. List it before inline_operators.
+
+    Args:
+        operators: those that get one.
 
     Raises:
         ValueError: the body of DifferentialAttention is none this pass knows.
@@ -99,13 +104,14 @@ def replace_scatter(model: ir.Model) -> None:
     append, window = (
         ("ai.sambay", name, "") for name in ("AppendKeyValue", "DifferentialAttention")
     )
-    for text in (_PLACE, _RING) if {append, window} & set(model.functions) else ():
+    found = {key for key in (append, window) if key in model.functions and key[1] in operators}
+    for text in (_PLACE, _RING) if found else ():
         function = ir.serde.deserialize_function(onnx.parser.parse_function(text))
         model.functions[function.identifier()] = function
-    if append in model.functions:
+    if append in found:
         proto = onnx.parser.parse_function(_APPEND)
         model.functions[append] = ir.serde.deserialize_function(proto)
-    if window in model.functions:
+    if window in found:
         _replace_ring(model.functions[window])
 
 

@@ -89,7 +89,8 @@ def _run(options: argparse.Namespace) -> int:
     prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
     if prompt is not None and not prompt.strip():
         raise InputError("the prompt is empty; give some text")
-    session = Session(options.package, threads=options.threads)
+    providers = None if options.provider is None else [options.provider]
+    session = Session(options.package, threads=options.threads, providers=providers)
     first: list[Message] = []
     if options.system is not None:
         first.append({"role": "system", "content": options.system})
@@ -284,6 +285,11 @@ def _parser() -> argparse.ArgumentParser:
         help="longest answer (default %(default)s, or what the model's context leaves)",
     )
     add("--threads", type=int, metavar="N", help="default: one a physical core")
+    add(
+        "--provider",
+        metavar="NAME",
+        help="ONNX Runtime's execution provider; default: the one the package was made for",
+    )
     add("--stats", action="store_true", help="speed and memory after each answer, on stderr")
     return parser
 

@@ -15,6 +15,8 @@ import onnxruntime as ort
 from runtime_py.errors import InputError, PackageError
 from runtime_py.model_file import read_metadata_props
 from runtime_py.native import library_path
+from runtime_py.pipeline import Pipeline, Stage, read_stages
+from runtime_py.plugins import MODULES, add_plugin, compiled_file, is_installed
 
 MODEL_FILE, MANIFEST = "model.onnx", "manifest.json"
 VERSION = "1"
@@ -44,6 +46,8 @@ class Config:
 def find_model(path: str | os.PathLike[str]) -> Path:
     """Path of the model file: ``path`` itself, or ``model.onnx`` in the folder ``path``.
 
+    Of a package of several graphs it is ``manifest.json``, which lists them.
+
     Raises:
         PackageError: there is no such file.
     """
@@ -54,23 +58,25 @@ def find_model(path: str | os.PathLike[str]) -> Path:
         raise PackageError(f"{given} does not exist; give a package folder or its {MODEL_FILE}")
     if (given / MODEL_FILE).is_file():
         return given / MODEL_FILE
+    if read_stages(given / MANIFEST):
+        return given / MANIFEST
     raise PackageError(f"{given} holds no {MODEL_FILE}; give the folder that phi4export wrote")
 
 
 def open_model(
     path: Path, *, threads: int | None, providers: Many[str] | None
-) -> ort.InferenceSession:
-    """Load a model file into ONNX Runtime.
+) -> ort.InferenceSession | Pipeline:
+    """Load a model into ONNX Runtime.
 
     Args:
-        path: an existing file.
+        path: what ``find_model`` returned.
         threads: of one operator; None takes one a physical core.
         providers: execution providers, best first; None takes the one the package was made for.
 
     Raises:
         InputError: threads is below 1 or far beyond the cores, or a provider is not in this ONNX
             Runtime.
-        PackageError: the file cannot be read as a model.
+        PackageError: a file cannot be read as a model.
     """
     cores = os.cpu_count() or 1
     if threads is not None and not 1 <= threads <= THREADS_A_CORE * cores:
@@ -79,6 +85,20 @@ def open_model(
             "more than this machine has cores wait for each other"
         )
     _check_sizes(path)
+    stages = read_stages(path) if path.name == MANIFEST else ()
+    if not stages:
+        return _open_graph(path, threads, providers)
+
+    def open_stage(stage: Stage) -> ort.InferenceSession:
+        asked = (CPU,) if stage.provider == CPU else providers
+        return _open_graph(path.with_name(stage.file), threads, asked)
+
+    return Pipeline(stages, open_stage)
+
+
+def _open_graph(
+    path: Path, threads: int | None, providers: Many[str] | None
+) -> ort.InferenceSession:
     told = read_metadata_props(path)
     made_for = told.get("sambay.provider", CPU)
     chosen = _choose_providers(path, providers, made_for, told.get("sambay.target", ""))
@@ -91,6 +111,10 @@ def open_model(
     try:
         if library is not None:
             options.register_custom_ops_library(str(library))
+        if is_installed(chosen[0]):
+            add_plugin(options, chosen[0])
+            compiled = compiled_file(path)
+            return ort.InferenceSession(str(compiled if compiled.exists() else path), options)
         return ort.InferenceSession(str(path), options, providers=chosen)
     except Exception as error:  # ONNX Runtime's exceptions share no narrower base
         reason = " ".join(str(error).split())[:300]
@@ -102,7 +126,8 @@ def open_model(
 
 def _choose_providers(path: Path, asked: Many[str] | None, made_for: str, target: str) -> list[str]:
     """The providers asked for, or the one the package was made for; all must be there."""
-    available = ort.get_available_providers()
+    plugins = [name for name in MODULES if is_installed(name)]
+    available = list(dict.fromkeys([*ort.get_available_providers(), *plugins]))
     for name in asked or ():
         if name not in available:
             known = ", ".join(available)
@@ -111,12 +136,15 @@ def _choose_providers(path: Path, asked: Many[str] | None, made_for: str, target
         raise InputError(
             f"{path.parent} was made for {made_for} (target {target}), and this ONNX Runtime has "
             f"{', '.join(available)}: install the ONNX Runtime for it, export a cpu target, or ask "
-            f"for one of these providers (Session(..., providers=[{CPU!r}])), which may be slow"
+            f"for one of these providers (Session(..., providers=[{CPU!r}]) or --provider {CPU}), "
+            "which may be slow"
         )
     return list(asked or dict.fromkeys((made_for, CPU)))
 
 
-def read_metadata(path: Path, model: ort.InferenceSession) -> tuple[Config, bool, int | None]:
+def read_metadata(
+    path: Path, model: ort.InferenceSession | Pipeline
+) -> tuple[Config, bool, int | None]:
     """Sizes of the model, whether it gives all tokens' logits, most tokens of a run if limited.
 
     Raises:
@@ -148,14 +176,14 @@ def read_metadata(path: Path, model: ort.InferenceSession) -> tuple[Config, bool
 
 
 def fingerprint(path: Path) -> str:
-    """Digest of a model file and the weights beside it (same name, then ``.data``).
+    """Digest of a model's files: one and the weights beside it, or all that a manifest lists.
 
     Graphs of two checkpoints may be equal byte for byte, so weights count too. Of a large file
     evenly spread blocks stand for the whole: reading gigabytes would take longer than a session.
     """
     block, blocks = 1 << 16, 256  # 16 MiB of a file at most
     digest = hashlib.sha256()
-    for file in (path, path.with_name(path.name + ".data")):
+    for file in (path.with_name(name) for name in _files(path)):
         if not file.is_file():
             continue
         size = file.stat().st_size
@@ -168,11 +196,18 @@ def fingerprint(path: Path) -> str:
     return digest.hexdigest()
 
 
+def _files(path: Path) -> list[str]:
+    """Names of a model's files, weights included."""
+    if path.name != MANIFEST:
+        return [path.name, f"{path.name}.data"]
+    return [*(stage.file for stage in read_stages(path)), f"{MODEL_FILE}.data"]
+
+
 def _check_sizes(path: Path) -> None:
     """A file that was copied half way is told by the manifest beside it, if there is one."""
     try:
         told = json.loads((path.parent / MANIFEST).read_text(encoding="utf-8"))["files"]
-        sizes = {name: int(told[name]["bytes"]) for name in (path.name, path.name + ".data")}
+        sizes = {name: int(told[name]["bytes"]) for name in _files(path)}
     except (OSError, KeyError, TypeError, ValueError):
         return  # a model without a package around it, or with another's
     for name, size in sizes.items():

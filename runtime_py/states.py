@@ -122,7 +122,7 @@ class Buffers:
     Past and present of a state are the same memory: a run changes it in place.
     """
 
-    model: ort.InferenceSession
+    model: Any  # ort.InferenceSession or Pipeline
     states: tuple[State, ...]
     window: int
     memory: tuple[Memory, ...]  # one a state
@@ -131,7 +131,7 @@ class Buffers:
 
     @staticmethod
     def allocate(
-        model: ort.InferenceSession,
+        model: Any,
         states: tuple[State, ...],
         *,
         window: int,
@@ -233,7 +233,7 @@ def _as_value(memory: Memory) -> Any:
 
 
 def _bind(
-    model: ort.InferenceSession,
+    model: Any,
     states: tuple[State, ...],
     memory: tuple[Memory, ...],
     mask: np.ndarray,

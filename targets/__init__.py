@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from difflib import get_close_matches
 
-from targets import cpu, cuda, directml, openvino, webgpu
+from targets import cpu, cuda, directml, openvino, qnn, webgpu
 from targets.target import Target
 
 TARGETS: tuple[Target, ...] = (
@@ -12,6 +12,7 @@ TARGETS: tuple[Target, ...] = (
     *cuda.TARGETS,
     *directml.TARGETS,
     *openvino.TARGETS,
+    *qnn.TARGETS,
     *webgpu.TARGETS,
 )
 DEFAULT = cpu.INT4

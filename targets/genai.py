@@ -15,6 +15,8 @@ from typing import Any
 
 import onnx_ir as ir
 
+from targets.target import Target
+
 # Its buffers have this length from the start: 168 MB of float16 at the published shape.
 _MAX_LENGTH = 32_768
 
@@ -26,20 +28,18 @@ _SAMPLING = {"do_sample": True, "temperature": 0.6, "top_p": 0.95}
 
 
 def genai_config(
-    model: ir.Model,
-    filename: str,
-    *,
-    session_options: Mapping[str, Any],
-    max_context: int | None,
+    graphs: Mapping[str, ir.Model], *, target: Target, session_options: Mapping[str, Any]
 ) -> dict[str, Any] | None:
     """Describe a model; None where it has states that ONNX Runtime GenAI does not know.
 
     Args:
-        model: with metadata ``sambay.config``.
-        filename: of the model, in the same folder.
+        graphs: of the package, by the names of their files, with metadata ``sambay.config``.
+        target: that the package is for.
         session_options: of the target, with the name of the native library where there is one.
-        max_context: most tokens of a session; None takes the model's.
     """
+    if target.graphs:
+        return None
+    ((filename, model),) = graphs.items()
     pasts = [value.name or "" for value in model.graph.inputs]
     if any(name.startswith("past_") and not _STATE.fullmatch(name) for name in pasts):
         return None
@@ -85,7 +85,9 @@ def genai_config(
             },
         },
         "search": {
-            "max_length": min(config["context_length"], max_context or _MAX_LENGTH, _MAX_LENGTH),
+            "max_length": min(
+                config["context_length"], target.max_context or _MAX_LENGTH, _MAX_LENGTH
+            ),
             "past_present_share_buffer": True,
             **({"chunk_size": int(most)} if most else {}),
             **_SAMPLING,

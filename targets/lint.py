@@ -2,6 +2,8 @@
 
     python -m targets.lint PACKAGE --provider directml
 
+Of a package of several graphs each is checked for the provider that runs it.
+
 A node without a kernel would run on the CPU, with its tensors copied there and back, or fail. What
 a provider has stands in kernels.json, with its source.
 """
@@ -20,6 +22,8 @@ import onnx_ir as ir
 
 from graph_passes.infer_types import infer_types
 from graph_passes.inline_operators import inline_operators
+from targets.destination import MANIFEST
+from targets.graphs import MODEL
 from targets.target import CPU
 
 KERNELS = Path(__file__).with_name("kernels.json")
@@ -28,6 +32,7 @@ PROVIDERS = {
     "cuda": "CUDAExecutionProvider",
     "directml": "DmlExecutionProvider",
     "openvino": "OpenVINOExecutionProvider",
+    "qnn": "QNNExecutionProvider",
     "webgpu": "WebGpuExecutionProvider",
 }
 _NAMES = {"FLOAT": "float", "DOUBLE": "double"}  # others are the lower case of theirs
@@ -108,6 +113,9 @@ def _fault(node: ir.Node, table: Mapping[str, Any], opsets: Mapping[str, int]) -
     for value in checked:
         if value is not None and allowed and _dtype(value) not in allowed:
             faults.append(f"{value.name} is {_dtype(value)}, kernels take {', '.join(allowed)}")
+    if table["limits"].get("static"):
+        names = [str(v.name) for v in tensors if v.shape is None or not v.shape.is_static()]
+        faults += [f"sizes of {', '.join(names)} are not fixed"] if names else []
     ranks = [len(value.shape) for value in tensors if value.shape is not None]
     if max(ranks, default=0) > (most := table["limits"]["rank"]):
         faults.append(f"a tensor has {max(ranks)} dimensions, at most {most} are taken")
@@ -158,20 +166,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("package", type=Path, metavar="PACKAGE")
     parser.add_argument("--provider", choices=sorted(PROVIDERS), help="default: the package's own")
     options = parser.parse_args(arguments)
-    path = options.package / "model.onnx" if options.package.is_dir() else options.package
+    provider = PROVIDERS[options.provider] if options.provider else None
+    status = 0
+    for path in _graphs(options.package, provider):
+        try:
+            model = ir.load(path)
+        except Exception as error:
+            told = f"{path} cannot be read as a model: {error}"
+            print(f"targets.lint: error: {told}", file=sys.stderr)
+            return 2
+        checked = provider or model.metadata_props.get("sambay.provider", CPU)
+        problems = lint(model, checked)
+        for problem in problems:
+            print(problem)
+        verdict = f"{len(problems)} nodes have no kernel" if problems else "every node has a kernel"
+        print(f"{path}: {verdict} of {checked}")
+        status = 1 if problems else status
+    return status
+
+
+def _graphs(package: Path, provider: str | None) -> list[Path]:
+    """The model files to check: of several those for the provider, all where none is."""
+    if not package.is_dir():
+        return [package]
     try:
-        model = ir.load(path)
-    except Exception as error:
-        print(f"targets.lint: error: {path} cannot be read as a model: {error}", file=sys.stderr)
-        return 2
-    own = model.metadata_props.get("sambay.provider", CPU)
-    provider = PROVIDERS[options.provider] if options.provider else own
-    problems = lint(model, provider)
-    for problem in problems:
-        print(problem)
-    verdict = f"{len(problems)} nodes have no kernel" if problems else "every node has a kernel"
-    print(f"{path}: {verdict} of {provider}; {count_nodes(model)} nodes with operators inlined")
-    return 1 if problems else 0
+        graphs = json.loads((package / MANIFEST).read_text(encoding="utf-8"))["graphs"]
+        made_for = {package / str(graph["file"]): graph["provider"] for graph in graphs}
+    except (OSError, ValueError, KeyError, TypeError):
+        return [package / MODEL]
+    return [path for path, name in made_for.items() if name == provider] or list(made_for)
 
 
 if __name__ == "__main__":

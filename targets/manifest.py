@@ -11,7 +11,8 @@ from typing import Any
 
 from graph_passes.pipeline import describe_pass
 from targets.destination import FORMAT, MANIFEST
-from targets.target import Target
+from targets.graphs import file_of
+from targets.target import Graph, Target
 
 FORMAT_VERSION = 1
 
@@ -41,6 +42,7 @@ def manifest(
         "provider": target.provider,
         "cache": target.cache,
         "passes": [describe_pass(apply) for apply in target.passes],
+        **({"graphs": [_described(graph) for graph in target.graphs]} if target.graphs else {}),
         "checkpoint": dict(facts),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {tool: found for tool in _TOOLS if (found := _installed(tool))},
@@ -48,6 +50,16 @@ def manifest(
             name: {"bytes": path.stat().st_size, "sha256": known.get(name) or _digest(path)}
             for name, path in files.items()
         },
+    }
+
+
+def _described(graph: Graph) -> dict[str, Any]:
+    """What a runtime must know of one of several graphs."""
+    return {
+        "file": file_of(graph),
+        "provider": graph.provider,
+        "tokens": graph.tokens,
+        "passes": [describe_pass(apply) for apply in graph.passes],
     }
 
 

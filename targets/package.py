@@ -1,6 +1,6 @@
 """Write a model as a package: a folder with all that a runtime needs.
 
-model.onnx, model.onnx.data    the graph and its weights
+model.onnx, model.onnx.data    the graph and its weights; or several graphs that share them
 genai_config.json              for ONNX Runtime GenAI, where that knows all the model's states
 sambay_ops.so, .dll, .dylib    native operators, for the CPU; sambay_ops_cuda.so, .dll for CUDA
 tokenizer files                from the caller
@@ -20,10 +20,12 @@ import onnx_ir as ir
 
 from targets.destination import MANIFEST, complete_folder
 from targets.genai import genai_config
+from targets.graphs import MODEL as MODEL
+from targets.graphs import file_of, make_graphs
 from targets.manifest import manifest
 from targets.target import CPU, CUDA, Target
 
-MODEL, DATA, GENAI = "model.onnx", "model.onnx.data", "genai_config.json"
+DATA, GENAI = "model.onnx.data", "genai_config.json"
 LIBRARIES = {CPU: "sambay_ops", CUDA: "sambay_ops_cuda"}  # and the suffix of the system
 
 # Smaller tensors stand in the graph itself, where shape inference finds the constants it needs.
@@ -68,23 +70,27 @@ def write_package(
         DestinationError: the destination exists, cannot be written or is full.
         ValueError: a weight cannot be converted, such as one with a NaN.
     """
-    model = model.clone()
-    model.metadata_props["sambay.target"] = target.name
-    model.metadata_props["sambay.provider"] = target.provider
     with complete_folder(destination, force=force, size=package_size(model)) as folder:
         if extra_files is not None:  # first: a damaged tokenizer must not cost the weights' minutes
             extra_files(folder)
+        graphs = {name: graph.clone() for name, graph in make_graphs(model, target).items()}
+        providers = {file_of(graph): graph.provider for graph in target.graphs}
         with (folder / DATA).open("wb") as file:
-            digest = _move_weights(model, _Data(file, progress or _silent))
-        ir.save(model, folder / MODEL)
+            data = _Data(file, progress or _silent)
+            for graph in graphs.values():
+                _move_weights(graph, data)
+        for name, graph in graphs.items():
+            graph.metadata_props["sambay.target"] = target.name
+            graph.metadata_props["sambay.provider"] = providers.get(name, target.provider)
+            ir.save(graph, folder / name)
         options = dict(target.session_options)
         if library is not None and target.native:
             options["custom_ops_library"] = LIBRARIES[target.provider] + library.suffix
             shutil.copyfile(library, folder / options["custom_ops_library"])
-        config = genai_config(model, MODEL, session_options=options, max_context=target.max_context)
+        config = genai_config(graphs, target=target, session_options=options)
         if config is not None:
             _write_json(folder / GENAI, config)
-        contents = manifest(folder, target=target, facts=facts, known={DATA: digest})
+        contents = manifest(folder, target=target, facts=facts, known={DATA: data.digest()})
         _write_json(folder / MANIFEST, contents)
     return Path(destination).resolve()
 
@@ -100,12 +106,18 @@ def alignment(nbytes: int) -> int:
 
 
 class _Data:
-    """The file of weights: counts, digests and reports what is written to it."""
+    """The file of weights: counts, digests and reports what is written to it.
+
+    Attributes:
+        position: bytes written.
+        written: by what tells a tensor from others, the tensor and where it begins.
+    """
 
     def __init__(self, file: BinaryIO, progress: Callable[[int], None]) -> None:
         self._file, self._progress = file, progress
         self._digest = hashlib.sha256()
         self.position = 0
+        self.written: dict[object, tuple[Any, int]] = {}
 
     def write(self, data: bytes | memoryview) -> int:
         self._put(data)
@@ -124,8 +136,8 @@ class _Data:
         self.position += len(data)
 
 
-def _move_weights(model: ir.Model, file: _Data) -> str:
-    """Write large weights to the file, take small ones into the graph; the file's SHA-256."""
+def _move_weights(model: ir.Model, file: _Data) -> None:
+    """Write large weights to the file, each once, and take small ones into the graph."""
     for value in _weights(model):
         tensor = _data(value)
         if tensor.nbytes < OUTSIDE:
@@ -134,18 +146,38 @@ def _move_weights(model: ir.Model, file: _Data) -> str:
                 tensor.numpy().copy(), dtype=tensor.dtype, name=value.name
             )
             continue
-        file.align(alignment(tensor.nbytes))
-        start = file.position
-        tensor.tofile(file)
-        if file.position - start != tensor.nbytes:
-            raise ValueError(
-                f"weight {value.name!r} wrote {file.position - start} bytes, "
-                f"expected {tensor.nbytes} for {tensor.dtype} {tensor.shape}"
-            )
+        key = _identity(tensor)
+        if key not in file.written:
+            file.align(alignment(tensor.nbytes))
+            start = file.position
+            tensor.tofile(file)
+            if file.position - start != tensor.nbytes:
+                raise ValueError(
+                    f"weight {value.name!r} wrote {file.position - start} bytes, "
+                    f"expected {tensor.nbytes} for {tensor.dtype} {tensor.shape}"
+                )
+            file.written[key] = tensor, start  # the tensor too, so that its id stays its own
         value.const_value = ir.ExternalTensor(
-            DATA, start, tensor.nbytes, tensor.dtype, shape=tensor.shape, name=value.name or ""
+            DATA,
+            file.written[key][1],
+            tensor.nbytes,
+            tensor.dtype,
+            shape=tensor.shape,
+            name=value.name or "",
         )
-    return file.digest()
+
+
+def _identity(tensor: Any) -> object:
+    """The same for tensors that several graphs share.
+
+    What is computed while it is written is a weight, which its name tells from others; what is in
+    memory is told by its contents.
+    """
+    if isinstance(tensor, ir.LazyTensor):
+        return tensor.name, str(tensor.dtype)
+    if isinstance(tensor, ir.Tensor):
+        return str(tensor.dtype), hashlib.sha256(tensor.tobytes()).digest()
+    return id(tensor)
 
 
 def _weights(model: ir.Model) -> list[ir.Value]:

@@ -12,6 +12,24 @@ CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 
 
 @dataclass(frozen=True, kw_only=True)
+class Graph:
+    """One of several graphs that a package holds; in their order they are the model.
+
+    Attributes:
+        name: of its file, without the suffix.
+        provider: ONNX Runtime execution provider that runs it.
+        passes: what makes it of the graph that the target's passes made. Graphs whose passes begin
+            alike share these results, and so their weights.
+        tokens: of a call that it takes, shorter ones padded; None takes any.
+    """
+
+    name: str
+    provider: str
+    passes: tuple[Pass, ...]
+    tokens: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Target:
     """One value of ``phi4export --target``.
 
@@ -23,6 +41,7 @@ class Target:
         cache: element type of keys and values, as the passes make it; one of ``targets.caches``.
         max_context: most tokens in one session; None when only memory limits it.
         session_options: what ONNX Runtime GenAI opens the model with, as genai_config.json has it.
+        graphs: where the package holds several; none: the one that the passes make.
     """
 
     name: str
@@ -32,6 +51,7 @@ class Target:
     cache: str = "float32"
     max_context: int | None = None
     session_options: Mapping[str, Any] = field(default_factory=lambda: {"provider_options": []})
+    graphs: tuple[Graph, ...] = ()
 
     @property
     def native(self) -> bool:

@@ -35,6 +35,7 @@ def test_names_are_unique_and_found() -> None:
         (["CUDAExecutionProvider", "CPUExecutionProvider"], "cuda-int4"),
         (["DmlExecutionProvider", "CPUExecutionProvider"], "directml-int4"),
         (["DmlExecutionProvider", "CUDAExecutionProvider"], "cuda-int4"),
+        (["QNNExecutionProvider", "DmlExecutionProvider"], "qnn-npu-w4a16"),
         (["OpenVINOExecutionProvider", "CPUExecutionProvider"], "cpu-int4"),
         (["AzureExecutionProvider"], "cpu-int4"),
     ],
@@ -89,7 +90,8 @@ def test_the_default_keeps_what_steers_the_scan_and_doubles_what_is_shared(
 
 def test_recipes_differ_by_settings_that_can_be_printed() -> None:
     for target in TARGETS:
-        for apply in target.passes:
+        every = [target.passes, *(graph.passes for graph in target.graphs)]
+        for apply in (apply for passes in every for apply in passes):
             function = apply.func if isinstance(apply, partial) else apply
             assert function.__module__ == f"graph_passes.{function.__name__}"
 
