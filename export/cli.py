@@ -318,7 +318,7 @@ def _write(
         from export.checkpoint import CheckpointError, find_non_finite
         from export.tokenizer import write_tokenizer
         from graph_passes.pipeline import run_passes
-        from runtime_py.native import library_path
+        from runtime_py.native import CUDA, library_path
         from targets.package import GENAI, package_size, write_package
 
     notes = [_introduction()] if options.checkpoint is None else []
@@ -382,6 +382,12 @@ def _write(
         notes.append(
             f"ONNX Runtime GenAI does not know caches of {target.cache}, so there is no {GENAI}; "
             "for GenAI choose --cache float16"
+        )
+    if target.cache == "int8" and target.provider == CUDA and library is None:
+        notes.append(
+            "the native operators for CUDA devices were not built, and without them caches of int8 "
+            "are read on the CPU: part of every step will run there; python setup.py build_cuda "
+            "builds them, float16 does without"
         )
     for note in notes:
         console.print(f"note: {escape(note)}")

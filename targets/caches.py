@@ -7,7 +7,7 @@ import dataclasses
 from graph_passes.pipeline import Pass
 from graph_passes.quantize_caches import quantize_caches
 from graph_passes.store_caches_in_float16 import store_caches_in_float16
-from targets.target import CPU, Target
+from targets.target import CPU, CUDA, Target
 
 # The pass that makes them so; the graph as traced has float32.
 CACHES: dict[str, tuple[Pass, ...]] = {
@@ -25,10 +25,10 @@ def with_cache(target: Target, cache: str) -> Target:
     """
     if cache not in CACHES:
         raise ValueError(f"unknown cache type {cache!r}: expected one of {', '.join(CACHES)}")
-    if cache == "int8" and target.provider != CPU:
+    if cache == "int8" and target.provider not in (CPU, CUDA):
         raise ValueError(
-            f"caches of int8 have operators on the CPU only, and {target.name} is for "
-            f"{target.provider}: choose {target.cache}, its own, or a cpu target"
+            f"caches of int8 have operators on the CPU and on CUDA devices only, and {target.name} "
+            f"is for {target.provider}: choose {target.cache}, its own, or a cpu or cuda target"
         )
     passes = [apply for apply in target.passes if (apply,) not in CACHES.values()]
     return dataclasses.replace(target, cache=cache, passes=(*CACHES[cache], *passes))

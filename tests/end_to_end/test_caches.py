@@ -40,12 +40,12 @@ class Caches:
 
 @pytest.fixture(scope="module")
 def package(golden: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """package(cache) -> the golden checkpoint with that cache; traced once."""
+    """package(cache, target) -> the golden checkpoint with that cache; traced once."""
     traced = trace(open_checkpoint(golden))
 
     @functools.cache
-    def write(cache: str) -> Path:
-        target = with_cache(find_target("cpu-fp32"), cache)
+    def write(cache: str, name: str = "cpu-fp32") -> Path:
+        target = with_cache(find_target(name), cache)
         folder = tmp_path_factory.mktemp("caches") / cache
         return write_package(run_passes(traced, target.passes), folder, target=target, facts={})
 
@@ -121,6 +121,16 @@ def test_forks_snapshots_and_growth_keep_every_cell_and_scale(
     expected = sequence.step(more)
     for other in others:
         np.testing.assert_array_equal(other.step(more), expected)
+
+
+def test_a_cuda_target_takes_caches_of_8_bits(package: Callable[..., Path]) -> None:
+    """By their bodies, on the CPU: operators take float16 activations, cells and scales as ever."""
+    on_cpu = Session(package("int8", "cuda-fp16"), providers=["CPUExecutionProvider"], threads=1)
+    ids, (exact, _) = random_ids(60), BOUNDS["int8"]
+    got, wanted = on_cpu.start(), Session(package("float32"), threads=1).start()
+    for part in (ids[:40], ids[40:41], ids[41:]):
+        np.testing.assert_allclose(got.step(part), wanted.step(part), atol=exact, rtol=0)
+    assert {state.dtype.name for state in on_cpu.states} == {"float16", "float32", "int8"}
 
 
 def test_a_narrower_cache_takes_less_memory(package: Callable[[str], Path]) -> None:
