@@ -1,7 +1,10 @@
 import signal
+import subprocess
+import sys
 import threading
 import time
 import weakref
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -62,6 +65,24 @@ def test_a_termination_is_held_as_an_interrupt() -> None:
         signal.raise_signal(signal.SIGTERM)
         steps.append("the block went on")
     assert steps == ["the block went on"]
+
+
+INTERRUPTED_EARLY = """
+import signal, sys
+def strike(event, details):
+    if event == "import" and details[0] == "rich.console":
+        signal.raise_signal(signal.SIGINT)
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.addaudithook(strike)
+from export.start import main
+sys.exit(main())
+"""
+
+
+def test_ctrl_c_while_the_command_is_loaded_ends_it_quietly() -> None:
+    command = [sys.executable, "-c", INTERRUPTED_EARLY, "--list-targets"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
 
 
 def test_interrupts_are_held_in_the_main_thread_only() -> None:

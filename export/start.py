@@ -1,0 +1,15 @@
+"""Where the command ``phi4export`` begins: Ctrl-C while the rest is loaded ends it, too."""
+
+from __future__ import annotations
+
+from export.interrupts import hold_interrupts
+
+
+def main() -> int:
+    """Load the command and run it; see ``export.cli.main`` for the exit status."""
+    try:
+        with hold_interrupts():
+            from export.cli import main as command
+    except KeyboardInterrupt:
+        return 130
+    return command()
