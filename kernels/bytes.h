@@ -7,7 +7,7 @@
 namespace sambay::SAMBAY_ISA {
 
 constexpr int kBytes = 4 * kWidth;
-constexpr int kPrefetch = 2048;  // bytes ahead: processors do not look beyond the end of a page
+constexpr int kPrefetch = 1024, kPrefetchFar = 8192;  // bytes ahead
 constexpr int kLargestInput = 127;  // -128 has no counterpart, which some products below would need
 
 inline void prefetch(const void* p) {
@@ -15,6 +15,14 @@ inline void prefetch(const void* p) {
   _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0);
 #elif defined(__GNUC__)
   __builtin_prefetch(p);
+#endif
+}
+// Into the second cache: by the time it is needed, the first would have dropped it.
+inline void prefetch_far(const void* p) {
+#if defined(SAMBAY_AVX512) || defined(SAMBAY_AVX2)
+  _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1);
+#elif defined(__GNUC__)
+  __builtin_prefetch(p, 0, 2);
 #endif
 }
 

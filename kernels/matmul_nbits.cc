@@ -14,7 +14,6 @@ constexpr int kChunk = 16;             // blocks unpacked at once: the tile and 
 constexpr int kTile = 2;               // vectors of outputs that a task computes
 constexpr int kTileTokens = 4;           // tokens whose sums are in registers at once
 constexpr int64_t kExactTokens = 8;    // up to here inputs have 15 bits in any case
-constexpr int64_t kRowsAtOnce = 2;     // of weights, that one token meets
 constexpr int64_t kTaskBytes = 65536;  // weights that a task of one token reads, at least
 
 inline int64_t round_up(int64_t count, int64_t group) { return (count + group - 1) / group * group; }
@@ -37,7 +36,7 @@ inline const float* read_scales(const MatMulNBits& op, int64_t row, int64_t firs
   const int64_t start = (row * row_blocks(op) + first) / each, stored = count / each;
   const auto read = [&](auto* from) {
     for (int64_t i = 0; i < stored; i += kWidth) {
-      prefetch(from + i + kPrefetch / 4);
+      prefetch(from + i + kPrefetch / 2);
       const int64_t left = stored - i < kWidth ? stored - i : kWidth;
       store_some(room + i, load_some(from + i, left), left);
     }
@@ -176,76 +175,72 @@ struct OneToken {
   Scratch<int32_t> offsets;
 };
 
-// Adds one group of blocks to the sums of kRows rows of weights.
-template <int kBits, int kRows>
-inline void add_group(const OneToken<kBits>& x, int64_t g, const uint8_t* weight, int64_t row_bytes,
-                      const float* scales, int64_t row_scales, Vec (&totals)[kRows]) {
+// Adds one group of blocks to the sum of a row.
+template <int kBits>
+inline Vec add_group(const OneToken<kBits>& x, int64_t g, const uint8_t* weight, const float* scales, Vec total) {
   constexpr int kParts = kBits / 4, kLanes = kParts * kWidth;
   const int8_t *const high = x.high + g * 2 * kBytes, *const low = x.low + g * 2 * kBytes;
   for (int part = 0; part < kParts; ++part) {
     const Ints offset = load_ints(x.offsets.data() + g * kLanes + part * kWidth);
-    const Vec input_scale = load(x.scales.data() + g * kLanes + part * kWidth);
-    for (int r = 0; r < kRows; ++r) {
-      const Bytes stored = load_bytes(weight + r * row_bytes + part * kBytes);
-      const auto dot = [&](Ints sum, const int8_t* inputs) {
-        if (kBits == 8) return add_products<kBits>(sum, stored, load_bytes(inputs + part * kBytes));
-        sum = add_products<kBits>(sum, low_halves(stored), load_bytes(inputs));
-        return add_products<kBits>(sum, high_halves(stored), load_bytes(inputs + kBytes));
-      };
-      Ints sum = times_128(whole_sum<kBits>(dot(set_ints(0), high)));
-      if (kSumsStartAnywhere<kBits>) {
-        sum = sum + whole_sum<kBits>(dot(offset, low));
-      } else {
-        sum = sum + whole_sum<kBits>(dot(set_ints(0), low)) + offset;
-      }
-      const float* const row = scales + r * row_scales;
-      const Vec scale = kBits == 4 ? repeat_by_four(row) : repeat_by_eight(row, part);
-      totals[r] = fma(to_floats(sum), scale * input_scale, totals[r]);
+    const Bytes stored = load_bytes(weight + part * kBytes);
+    const auto dot = [&](Ints sum, const int8_t* inputs) {
+      if (kBits == 8) return add_products<kBits>(sum, stored, load_bytes(inputs + part * kBytes));
+      sum = add_products<kBits>(sum, low_halves(stored), load_bytes(inputs));
+      return add_products<kBits>(sum, high_halves(stored), load_bytes(inputs + kBytes));
+    };
+    Ints sum = times_128(whole_sum<kBits>(dot(set_ints(0), high)));
+    if (kSumsStartAnywhere<kBits>) {
+      sum = sum + whole_sum<kBits>(dot(offset, low));
+    } else {
+      sum = sum + whole_sum<kBits>(dot(set_ints(0), low)) + offset;
     }
+    const Vec scale = kBits == 4 ? repeat_by_four(scales) : repeat_by_eight(scales, part);
+    total = fma(to_floats(sum), scale * load(x.scales.data() + g * kLanes + part * kWidth), total);
   }
+  return total;
 }
 
-// `room`: for kRows rows of scales, each of whole vectors.
-template <int kBits, int kRows>
-void dot_rows(const MatMulNBits& op, const OneToken<kBits>& x, int64_t n, float* room) {
-  constexpr int64_t kBlockBytes = kQuantBlock * kBits / 8, kGroupBytes = kGroup * kBlockBytes;
+// Output n. `room`: for a row of scales, of whole vectors.
+//
+// A row at a time, so that weights are read in one stream: as many lines are on their way as a core has room
+// for only if each is asked for long before its turn, first for the second cache, then for the first.
+template <int kBits>
+float dot_row(const MatMulNBits& op, const OneToken<kBits>& x, int64_t n, float* room) {
+  constexpr int64_t kBlockBytes = kQuantBlock * kBits / 8, kGroupBytes = kGroup * kBlockBytes, kLine = 64;
   const int64_t blocks = row_blocks(op), whole = blocks / kGroup, rest = blocks % kGroup;
-  const int64_t row_bytes = blocks * kBlockBytes;
-  const uint8_t* weight = op.weight + n * row_bytes;
+  const uint8_t* weight = op.weight + n * blocks * kBlockBytes;
   const float* scales = read_scales(op, n, 0, blocks, room);
-  const int64_t row_scales = scales == room ? round_up(blocks, kWidth) : blocks;
-  for (int r = 1; r < kRows; ++r) read_scales(op, n + r, 0, blocks, room + r * row_scales);
-  Vec totals[kRows];
-  for (Vec& total : totals) total = set(0.0f);
+  Vec total = set(0.0f);
   for (int64_t g = 0; g < whole; ++g) {
-    for (int r = 0; r < kRows; ++r) prefetch(weight + r * row_bytes + kPrefetch);
-    add_group<kBits, kRows>(x, g, weight, row_bytes, scales, row_scales, totals);
+    if (g * kGroupBytes % kLine == 0) {
+      for (int64_t line = 0; line < kGroupBytes; line += kLine) {
+        prefetch_far(weight + line + kPrefetchFar);
+        prefetch(weight + line + kPrefetch);
+      }
+    }
+    total = add_group<kBits>(x, g, weight, scales, total);
     weight += kGroupBytes;
     scales += kGroup;
   }
   if (rest) {
-    uint8_t last[kRows * kGroupBytes] = {};
-    float last_scales[kRows * kGroup] = {};
-    for (int r = 0; r < kRows; ++r) {
-      std::memcpy(last + r * kGroupBytes, weight + r * row_bytes, static_cast<size_t>(rest * kBlockBytes));
-      std::memcpy(last_scales + r * kGroup, scales + r * row_scales, static_cast<size_t>(rest) * sizeof(float));
-    }
-    add_group<kBits, kRows>(x, whole, last, kGroupBytes, last_scales, kGroup, totals);
+    uint8_t last[kGroupBytes] = {};
+    float last_scales[kGroup] = {};
+    std::memcpy(last, weight, static_cast<size_t>(rest * kBlockBytes));
+    std::memcpy(last_scales, scales, static_cast<size_t>(rest) * sizeof(float));
+    total = add_group<kBits>(x, whole, last, last_scales, total);
   }
-  for (int r = 0; r < kRows; ++r) op.y[n + r] = sum(totals[r]);
+  return sum(total);
 }
 
 template <int kBits>
 void one_token(const MatMulNBits& op, const Pool& pool) {
   const OneToken<kBits> x(op);
   const int64_t row_bytes = row_blocks(op) * kQuantBlock * kBits / 8;
-  const int64_t rows = (1 + kTaskBytes / (row_bytes * kRowsAtOnce)) * kRowsAtOnce;
+  const int64_t rows = 1 + kTaskBytes / row_bytes;
   pool((op.outputs + rows - 1) / rows, [&](int64_t task) {
     const int64_t end = (task + 1) * rows < op.outputs ? (task + 1) * rows : op.outputs;
-    const Scratch<float> room(kRowsAtOnce * round_up(row_blocks(op), kWidth));
-    int64_t n = task * rows;
-    for (; n + kRowsAtOnce <= end; n += kRowsAtOnce) dot_rows<kBits, kRowsAtOnce>(op, x, n, room.data());
-    for (; n < end; ++n) dot_rows<kBits, 1>(op, x, n, room.data());
+    const Scratch<float> room(round_up(row_blocks(op), kWidth));
+    for (int64_t n = task * rows; n < end; ++n) op.y[n] = dot_row(op, x, n, room.data());
   });
 }
 
