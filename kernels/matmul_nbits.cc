@@ -152,36 +152,34 @@ inline void QuantizedInputs<kBits, kPlanes, kGrouped>::quantize_block(const floa
 
 template <int kBits>
 struct OneToken {
-  static constexpr int kSpread = kBits;  // lanes that a block's products fall into
-
   explicit OneToken(const MatMulNBits& op)
       : quantized(op),
         high(quantized.bytes.data()),
         low(high + quantized.plane_size),
-        scales(quantized.blocks * kSpread),
-        offsets(quantized.blocks * kSpread) {
+        blocks(round_up(quantized.blocks, kWidth)),
+        scales(blocks),
+        centres(blocks) {
     quantized.quantize_token(op, 0);
-    for (int64_t b = 0; b < quantized.blocks; ++b) {
-      for (int i = 0; i < kSpread; ++i) {
-        scales.data()[b * kSpread + i] = quantized.scales.data()[b];
-        offsets.data()[b * kSpread + i] = i ? 0 : quantized.offsets.data()[b];
-      }
+    for (int64_t b = 0; b < blocks; ++b) {
+      const bool stored = b < quantized.blocks;
+      scales.data()[b] = stored ? quantized.scales.data()[b] : 0.0f;
+      centres.data()[b] = stored ? static_cast<float>(quantized.offsets.data()[b]) : 0.0f;
     }
   }
 
   QuantizedInputs<kBits, 2, kBits == 4 ? kGroup : 1> quantized;
   const int8_t *high, *low;
-  Scratch<float> scales;  // [blocks, kSpread]: lane for lane what the weights' vectors meet
-  Scratch<int32_t> offsets;
+  int64_t blocks;          // whole vectors
+  Scratch<float> scales;   // [blocks]
+  Scratch<float> centres;  // [blocks]: what a block's stored values have too much, times its inputs
 };
 
-// Adds one group of blocks to the sum of a row.
+// Adds one group of blocks to the sum of a row. `factors`: of each block.
 template <int kBits>
-inline Vec add_group(const OneToken<kBits>& x, int64_t g, const uint8_t* weight, const float* scales, Vec total) {
-  constexpr int kParts = kBits / 4, kLanes = kParts * kWidth;
+inline Vec add_group(const OneToken<kBits>& x, int64_t g, const uint8_t* weight, const float* factors, Vec total) {
+  constexpr int kParts = kBits / 4;
   const int8_t *const high = x.high + g * 2 * kBytes, *const low = x.low + g * 2 * kBytes;
   for (int part = 0; part < kParts; ++part) {
-    const Ints offset = load_ints(x.offsets.data() + g * kLanes + part * kWidth);
     const Bytes stored = load_bytes(weight + part * kBytes);
     const auto dot = [&](Ints sum, const int8_t* inputs) {
       if (kBits == 8) return add_products<kBits>(sum, stored, load_bytes(inputs + part * kBytes));
@@ -190,12 +188,12 @@ inline Vec add_group(const OneToken<kBits>& x, int64_t g, const uint8_t* weight,
     };
     Ints sum = times_128(whole_sum<kBits>(dot(set_ints(0), high)));
     if (kSumsStartAnywhere<kBits>) {
-      sum = sum + whole_sum<kBits>(dot(offset, low));
+      sum = dot(sum, low);
     } else {
-      sum = sum + whole_sum<kBits>(dot(set_ints(0), low)) + offset;
+      sum = sum + whole_sum<kBits>(dot(set_ints(0), low));
     }
-    const Vec scale = kBits == 4 ? repeat_by_four(scales) : repeat_by_eight(scales, part);
-    total = fma(to_floats(sum), scale * load(x.scales.data() + g * kLanes + part * kWidth), total);
+    const Vec factor = kBits == 4 ? repeat_by_four(factors) : repeat_by_eight(factors, part);
+    total = fma(to_floats(sum), factor, total);
   }
   return total;
 }
@@ -208,8 +206,15 @@ template <int kBits>
 float dot_row(const MatMulNBits& op, const OneToken<kBits>& x, int64_t n, float* room) {
   constexpr int64_t kBlockBytes = kQuantBlock * kBits / 8, kGroupBytes = kGroup * kBlockBytes, kLine = 64;
   const int64_t blocks = row_blocks(op), whole = blocks / kGroup, rest = blocks % kGroup;
+  const float* const scales = read_scales(op, n, 0, blocks, room);
+  Vec centre = set(0.0f);
+  for (int64_t b = 0; b < blocks; b += kWidth) {
+    const int64_t left = blocks - b < kWidth ? blocks - b : kWidth;
+    const Vec factor = load_some(scales + b, left) * load(x.scales.data() + b);
+    store(room + b, factor);
+    centre = fma(factor, load(x.centres.data() + b), centre);
+  }
   const uint8_t* weight = op.weight + n * blocks * kBlockBytes;
-  const float* scales = read_scales(op, n, 0, blocks, room);
   Vec total = set(0.0f);
   for (int64_t g = 0; g < whole; ++g) {
     if (g * kGroupBytes % kLine == 0) {
@@ -218,18 +223,15 @@ float dot_row(const MatMulNBits& op, const OneToken<kBits>& x, int64_t n, float*
         prefetch(weight + line + kPrefetch);
       }
     }
-    total = add_group<kBits>(x, g, weight, scales, total);
+    total = add_group<kBits>(x, g, weight, room + g * kGroup, total);
     weight += kGroupBytes;
-    scales += kGroup;
   }
   if (rest) {
     uint8_t last[kGroupBytes] = {};
-    float last_scales[kGroup] = {};
     std::memcpy(last, weight, static_cast<size_t>(rest * kBlockBytes));
-    std::memcpy(last_scales, scales, static_cast<size_t>(rest) * sizeof(float));
-    total = add_group<kBits>(x, whole, last, last_scales, total);
+    total = add_group<kBits>(x, whole, last, room + whole * kGroup, total);
   }
-  return sum(total);
+  return sum(total + centre);
 }
 
 template <int kBits>
