@@ -64,15 +64,16 @@ result = dict(zip(("session_s", "prompt_s"), times))
 result["step_s"] = min(times[2:])
 """
 PRINT = """
-import json
+import json, time
 from runtime_py.peak_memory import peak_bytes
-print(json.dumps({**result, "peak_bytes": peak_bytes()}))
+print(json.dumps({**result, "cpu_seconds": time.process_time(), "peak_bytes": peak_bytes()}))
 """
 
 
 def measure(script: str, *arguments: str | Path) -> dict[str, Any]:
     """Run a script in a process of its own: what it tells, its seconds, its peak of memory.
 
+    ``cpu_seconds`` are those of all its threads, which a busy machine changes less.
     A failure is told as ``{"failed": last line of stderr, or the signal that ended it}``.
     """
     begin = time.perf_counter()

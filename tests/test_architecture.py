@@ -20,6 +20,7 @@ MAY_IMPORT = {
 JOINS = {
     "export/cli.py",
     "export/olive_passes.py",
+    "export/optimum_hook.py",
     "export/placement.py",
     "export/quantization.py",
     "export/verify.py",

@@ -18,6 +18,7 @@ def test_a_package_is_exported_looked_at_run_and_removed(tmp_path: Path) -> None
     assert row["lint"]["nodes"] > 500
     assert row["run_on_cpu"]["step_s"] > 0
     assert min(row[stage]["peak_bytes"] for stage in ("export", "lint", "run_on_cpu")) > 10**7
+    assert row["export"]["cpu_seconds"] > 1
     assert not list((tmp_path / "made").iterdir())
 
 

@@ -11,7 +11,7 @@ from runtime_py import Session
 
 pytestmark = pytest.mark.openvino
 ROOT = Path(__file__).parents[2]
-PYTHON = os.environ.get("OPENVINO_PYTHON")
+PYTHON = os.environ.get("OPENVINO_PYTHON")  # as seen from where pytest was started
 CALLS = (10, 1, 1, 40, 1, 130, 5)  # tokens: past the window, and past the longest call
 
 # Runs where torch and onnx are missing; the default provider is the package's.
@@ -31,7 +31,13 @@ np.save(sys.argv[2], np.concatenate(logits))
 def test_openvino_gives_the_logits_of_the_cpu_provider(export, tmp_path: Path) -> None:
     package = export(None, "openvino-int4")
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    command = [str(PYTHON), "-c", SCRIPT, str(package), str(tmp_path / "logits.npy")]
+    command = [
+        str(Path(str(PYTHON)).absolute()),
+        "-c",
+        SCRIPT,
+        str(package),
+        str(tmp_path / "logits.npy"),
+    ]
     subprocess.run(command, check=True, cwd=tmp_path, env=environment)
     sequence, random = (
         Session(package, providers=["CPUExecutionProvider"]).start(),
