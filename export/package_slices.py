@@ -7,10 +7,12 @@ every slice reads its weights from the package's own file and runs as it does in
 from __future__ import annotations
 
 import json
+import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -83,7 +85,7 @@ class SlicedPackage:
     """
 
     def __init__(self, path: Path, *, library: Path | None, threads: int | None = None) -> None:
-        """Read the graph, no weights.
+        """Read the graph of a package, no weights.
 
         Args:
             path: the model file; its weights lie beside it.
@@ -94,20 +96,42 @@ class SlicedPackage:
         Raises:
             SliceError: this is no graph of ours, or its layers cannot be told apart.
         """
-        self._folder, self._threads = path.parent, threads
         try:
-            self._model = ir.load(path)
+            model = ir.load(path)
         except Exception as error:  # protobuf's and onnx_ir's errors share no narrower base
             raise SliceError(f"{path} cannot be read as an ONNX model ({error})") from error
-        metadata = self._model.metadata_props
-        if "sambay.config" not in metadata:
+        if "sambay.config" not in model.metadata_props:
             raise SliceError(f"{path} has no metadata sambay.config: give a package of phi4export")
+        self._begin(model, path.parent, library, threads)
+
+    @classmethod
+    def of_graph(
+        cls, model: ir.Model, *, library: Path | None, threads: int | None = None
+    ) -> SlicedPackage:
+        """The same of a graph as traced, whose weights lie in the checkpoint's files."""
+        files = {
+            os.path.realpath(value.const_value.path)
+            for value in model.graph.initializers.values()
+            if isinstance(value.const_value, ir.ExternalTensor)
+        }
+        folders = {os.path.dirname(file) for file in files}
+        if len(folders) > 1:
+            raise SliceError(f"the checkpoint's files lie in several folders: {sorted(folders)}")
+        sliced = cls.__new__(cls)
+        sliced._begin(model, Path(folders.pop() if folders else "."), library, threads)
+        return sliced
+
+    def _begin(
+        self, model: ir.Model, folder: Path, library: Path | None, threads: int | None
+    ) -> None:
+        self._model, self._folder, self._threads = model, folder, threads
+        metadata = model.metadata_props
         # Native operators take what packages for a processor hold; others run by their bodies.
         self._library = library if metadata.get("sambay.provider", _CPU) == _CPU else None
         self.config = json.loads(metadata["sambay.config"])
         most = int(metadata["sambay.max_tokens"]) if "sambay.max_tokens" in metadata else None
         every = metadata.get("sambay.logits") == "all"
-        self.slices = _cut(self._model.graph, self.config, every, most)
+        self.slices = _cut(model.graph, self.config, every, most)
 
     @property
     def model(self) -> ir.Model:
@@ -120,8 +144,11 @@ class SlicedPackage:
         caches = [value for value in self._model.graph.inputs if _CACHE.fullmatch(value.name or "")]
         return min(int(value.dtype.bitwidth) for value in caches if value.dtype is not None)
 
-    def open(self, part: Slice) -> ort.InferenceSession:
+    def open(self, part: Slice, watched: Iterable[str] = ()) -> ort.InferenceSession:
         """Load a slice, with its weights, into ONNX Runtime.
+
+        Args:
+            watched: values inside that are outputs, too; those of other slices are left out.
 
         Raises:
             SliceError: ONNX Runtime refuses it.
@@ -129,11 +156,16 @@ class SlicedPackage:
         inputs = [*part.graph_inputs, *part.carried_in, *([part.stream] if part.stream else [])]
         outputs = [part.target, *part.presents, *part.carried_out]
         graph = ir.convenience.extract(self._model.graph, inputs, outputs)
+        inside = {value.name: value for node in graph for value in node.outputs}
+        for name in watched:
+            if name in inside and name not in outputs:
+                graph.outputs.append(inside[name])
         if part.layer == self.config["num_hidden_layers"]:
             graph.inputs[-1].shape = None  # the head takes any number of tokens
             graph.outputs[0].shape = None
         functions = list(self._model.functions.values())
         proto = ir.to_proto(ir.Model(graph, ir_version=self._model.ir_version, functions=functions))
+        _name_files(proto)
         try:
             return ort.InferenceSession(
                 proto.SerializeToString(),
@@ -165,8 +197,18 @@ class SlicedPackage:
             options.register_custom_ops_library(str(self._library))
         return options
 
-    def run(self, part: Slice, session: ort.InferenceSession, track: Track) -> None:
-        """Move a track through a slice that is no head: its stream, carried values, states."""
+    def run(
+        self,
+        part: Slice,
+        session: ort.InferenceSession,
+        track: Track,
+        see: Callable[[str, np.ndarray], object] | None = None,
+    ) -> None:
+        """Move a track through a slice that is no head: its stream, carried values, states.
+
+        Args:
+            see: given the name and the numbers of every output, call by call.
+        """
         streams: list[np.ndarray] = []
         carried: dict[str, list[np.ndarray]] = {name: [] for name in part.carried_out}
         states = self._zero_states(session, track.ids.shape[1])
@@ -177,6 +219,9 @@ class SlicedPackage:
             except Exception as error:  # as above
                 raise self._refused(part, error) from error
             found = dict(zip(_names(session.get_outputs()), results, strict=True))
+            if see is not None:
+                for name, numbers in found.items():
+                    see(name, numbers)
             streams.append(found[part.target])
             for name in part.carried_out:
                 if name not in part.presents:
@@ -231,6 +276,14 @@ class SlicedPackage:
             elif name in track.carried:
                 feeds[name] = np.ascontiguousarray(whole[name][:, start:stop])
         return feeds
+
+
+def _name_files(proto: Any) -> None:
+    """Call external files by their names alone, as ONNX Runtime wants them."""
+    for tensor in proto.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location" and os.path.isabs(entry.value):
+                entry.value = os.path.basename(os.path.realpath(entry.value))
 
 
 def _cut(

@@ -59,6 +59,10 @@ class _Stored:
     rows: Callable[[int, int], np.ndarray]
 
 
+class _OtherShape(Exception):
+    """A stored weight cannot be laid upon its source."""
+
+
 def compare_weights(
     model: ir.Model, checkpoint: Checkpoint, progress: Callable[[int], object] | None = None
 ) -> tuple[list[WeightError], list[str]]:
@@ -70,6 +74,9 @@ def compare_weights(
     Returns:
         The errors, and the names of initializers that stand for a weight but cannot be compared
         with it, as their shape differs.
+
+    Raises:
+        ValueError: the package's data file is not one that may be read, such as a hard link.
     """
     errors, left_out = [], []
     for name, stored in _stored_weights(model.graph):
@@ -78,7 +85,7 @@ def compare_weights(
             continue
         try:
             errors.append(_compare(source, name, stored, progress))
-        except ValueError:
+        except _OtherShape:
             left_out.append(name)
         finally:
             for tensor in stored.tensors:
@@ -100,9 +107,10 @@ def _compare(
     for start in range(0, count, step):
         stop = min(start + step, count)
         wanted = read_weight(source.rows(start, stop)).numpy().reshape(-1, width)
-        decoded = stored.rows(start, stop).reshape(stop - start, -1)
-        if decoded.shape[1] < width:
-            raise ValueError(f"{name} has {decoded.shape[1]} columns, expected {width}")
+        decoded = stored.rows(start, stop)
+        if len(decoded) != stop - start or decoded.size < wanted.size:
+            raise _OtherShape(f"{name} is {decoded.shape}, expected rows of {width}")
+        decoded = decoded.reshape(stop - start, -1)
         difference = decoded[:, :width] - wanted  # a last block may reach beyond the row
         energies, noises = (np.einsum("ij,ij->i", a, a) for a in (wanted, difference))
         energy, noise = energy + float(energies.sum()), noise + float(noises.sum())
