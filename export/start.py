@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 from export.interrupts import hold_interrupts
 
 
@@ -13,3 +15,7 @@ def main() -> int:
     except KeyboardInterrupt:
         return 130
     return command()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
