@@ -25,7 +25,12 @@ from rich.progress import (
 from rich.table import Table
 
 from export.interrupts import hold_interrupts, interrupt_on_termination, keep_interrupts
-from export.verify_options import add_options, refuse_idle_options, settings_of
+from export.verify_options import (
+    RANKED_TOKENS,
+    add_options,
+    refuse_idle_options,
+    settings_of,
+)
 
 if TYPE_CHECKING:
     from export.checkpoint import Checkpoint
@@ -198,7 +203,7 @@ def _inspect(source: str | Path) -> None:
 
 
 def _rank(options: argparse.Namespace, console: Console) -> None:
-    settings = settings_of(options)
+    settings = settings_of(options, tokens=RANKED_TOKENS)
     from export.checkpoint import open_checkpoint
     from export.placement import measure_sensitivity
     from export.sensitivity import ranking_table

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,9 @@ from export.reference_run import ReferenceRun, ReferenceTrack
 from export.tensors import EMBEDDING, HEAD
 from export.weights import read_weight
 
-_ROWS = 4  # variants run at once: 0.8 GB in a scan of 128 tokens at the published width
+# Tokens of variants run at once: a scan of so many takes 0.8 GB at the published width, and so do
+# their logits and those they are compared with.
+_TOKENS = 512
 _HEAD_SAMPLE = 4096  # rows of a head that its ratio is taken from
 
 # A matrix [rows, columns] float32 as it is after it was stored in some bits and read back.
@@ -108,8 +111,8 @@ class _Ranking:
         for index in range(reference.config.num_hidden_layers):
             layer = reference.load(index)
             begun = [self._changed(index, layer, name, clean.flow) for name in _matrices(layer)]
-            for start in range(0, len(variants), _ROWS):
-                self._advance(index, layer, variants[start : start + _ROWS])
+            for group in _groups(variants):
+                self._advance(index, layer, group)
             reference.run(index, layer, clean)
             clean.states.clear()
             variants += begun
@@ -165,12 +168,24 @@ class _Ranking:
 
     def _losses(self, clean: Tensor, variants: list[_Variant]) -> Iterator[Sensitivity]:
         wanted = self._reference.logits(clean[0]).numpy()
-        tied = self._reference.checkpoint.tied_head
-        for variant in variants:
-            changed = variant.name == (EMBEDDING if tied else HEAD)
-            rows = self._head_rows if changed else None
-            found = self._reference.logits(variant.flow.hidden[0], rows).numpy()
-            error = float((variant.flow.hidden - clean).norm() / clean.norm())
+        own = EMBEDDING if self._reference.checkpoint.tied_head else HEAD  # the head's weight
+        for group in _groups(variants):
+            for changed, part in groupby(group, lambda each: each.name == own):
+                change = self._head_rows if changed else None
+                yield from self._measured(list(part), clean, wanted, change)
+
+    def _measured(
+        self,
+        variants: list[_Variant],
+        clean: Tensor,
+        wanted: np.ndarray,
+        change: Callable[[Tensor], Tensor] | None,
+    ) -> Iterator[Sensitivity]:
+        """What variants have lost at the end, whose head is changed or not."""
+        hidden = torch.cat([variant.flow.hidden for variant in variants])
+        logits = self._reference.logits(hidden, change).numpy()
+        for variant, row, found in zip(variants, hidden, logits, strict=True):
+            error = float((row - clean[0]).norm() / clean.norm())
             kl = float(divergence(wanted, found).mean())
             self._progress(variant.name)
             yield Sensitivity(variant.name, variant.shape, self._bits, variant.snr_db, kl, error)
@@ -190,6 +205,13 @@ def _matrices(layer: Layer) -> list[str]:
 def _ratio(original: np.ndarray, stored: np.ndarray) -> float:
     noise = np.square(stored - original, dtype=np.float64).sum()
     return snr(float(np.square(original, dtype=np.float64).sum()), float(noise))
+
+
+def _groups(variants: list[_Variant]) -> Iterator[list[_Variant]]:
+    """Variants that are run at once."""
+    rows = max(1, _TOKENS // variants[0].flow.hidden.shape[1])
+    for start in range(0, len(variants), rows):
+        yield variants[start : start + rows]
 
 
 def _copy(flow: Flow) -> Flow:

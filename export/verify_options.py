@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 TOKENS = 512  # of a text, at most
+RANKED_TOKENS = 128  # the same for a ranking, which runs the text once for every weight
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +36,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("measuring")
     group.add_argument("--text", type=Path, metavar="FILE", help="UTF-8 text to measure on")
     group.add_argument(
-        "--tokens", type=int, default=TOKENS, metavar="N", help=f"of it, at most ({TOKENS})"
+        "--tokens",
+        type=int,
+        metavar="N",
+        help=f"of it, at most ({TOKENS}; {RANKED_TOKENS} for a ranking)",
     )
     group.add_argument("--threads", type=int, metavar="N", help="of one operator")
     group.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
@@ -58,16 +62,19 @@ def refuse_idle_options(options: argparse.Namespace) -> None:
         return
     given = [
         name
-        for name in ("text", "threads", "json", "html", "max_kl", "min_top1")
+        for name in ("text", "tokens", "threads", "json", "html", "max_kl", "min_top1")
         if getattr(options, name) is not None
     ]
-    if given or options.tokens != TOKENS:
-        name = (given or ["tokens"])[0].replace("_", "-")
+    if given:
+        name = given[0].replace("_", "-")
         raise ValueError(f"--{name} is for --verify or --sensitivity: add one, or leave it out")
 
 
-def settings_of(options: argparse.Namespace) -> Settings:
+def settings_of(options: argparse.Namespace, *, tokens: int = TOKENS) -> Settings:
     """Settings from options.
+
+    Args:
+        tokens: where the options say nothing.
 
     Raises:
         ValueError: a number that makes no sense.
@@ -82,7 +89,7 @@ def settings_of(options: argparse.Namespace) -> Settings:
             raise ValueError(f"--{name} {file}: there is no folder {file.absolute().parent}")
     return Settings(
         text=options.text,
-        tokens=options.tokens,
+        tokens=tokens if options.tokens is None else options.tokens,
         threads=options.threads,
         max_kl=options.max_kl,
         min_top1=options.min_top1,
