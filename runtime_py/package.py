@@ -91,16 +91,16 @@ def open_model(
 
     def open_stage(stage: Stage) -> ort.InferenceSession:
         asked = (CPU,) if stage.provider == CPU else providers
-        return _open_graph(path.with_name(stage.file), threads, asked)
+        return _open_graph(path.with_name(stage.file), threads, asked, stage.provider)
 
     return Pipeline(stages, open_stage)
 
 
 def _open_graph(
-    path: Path, threads: int | None, providers: Many[str] | None
+    path: Path, threads: int | None, providers: Many[str] | None, made_for: str | None = None
 ) -> ort.InferenceSession:
     told = read_metadata_props(path)
-    made_for = told.get("sambay.provider", CPU)
+    made_for = made_for or told.get("sambay.provider", CPU)
     chosen = _choose_providers(path, providers, made_for, told.get("sambay.target", ""))
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads or _physical_cores()

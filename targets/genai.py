@@ -15,6 +15,7 @@ from typing import Any
 
 import onnx_ir as ir
 
+from targets.graphs import file_of
 from targets.target import Target
 
 # Its buffers have this length from the start: 168 MB of float16 at the published shape.
@@ -37,40 +38,33 @@ def genai_config(
         target: that the package is for.
         session_options: of the target, with the name of the native library where there is one.
     """
-    if target.graphs:
-        return None
-    ((filename, model),) = graphs.items()
-    pasts = [value.name or "" for value in model.graph.inputs]
+    model = next(iter(graphs.values()))
+    pasts = [value.name or "" for each in graphs.values() for value in each.graph.inputs]
     if any(name.startswith("past_") and not _STATE.fullmatch(name) for name in pasts):
         return None
     config = json.loads(model.metadata_props["sambay.config"])
     most = model.metadata_props.get("sambay.max_tokens")  # of one call; longer prompts are cut
-    memory_layer = config["num_hidden_layers"] // 2
     tokens = {
         "bos_token_id": config["bos_token_id"],
         "eos_token_id": config["eos_token_ids"],
         "pad_token_id": config["pad_token_id"],
     }
+    if target.graphs:
+        run, most = _pipeline(graphs, target, session_options), None
+    else:
+        run = _one(graphs, config, session_options)
     return {
         "model": {
-            "type": "decoder",
+            "type": "decoder-pipeline" if target.graphs else "decoder",
             **{name: value for name, value in tokens.items() if value not in (None, [])},
             "vocab_size": config["vocab_size"],
             "context_length": config["context_length"],
             "decoder": {
-                "filename": filename,
                 "hidden_size": config["hidden_size"],
                 "num_attention_heads": config["num_attention_heads"],
                 "num_key_value_heads": config["num_key_value_heads"],
                 "head_size": config["hidden_size"] // config["num_attention_heads"],
                 "num_hidden_layers": config["num_hidden_layers"],
-                "session_options": dict(session_options),
-                "sliding_window": {
-                    "window_size": config["sliding_window"],
-                    "slide_key_value_cache": False,  # the graph writes them as rings
-                    "slide_inputs": False,
-                    "layers": list(range(1, memory_layer, 2)),
-                },
                 "inputs": {
                     "input_ids": "input_ids",
                     "attention_mask": "attention_mask",
@@ -82,6 +76,7 @@ def genai_config(
                     "present_key_names": "present.%d.key",
                     "present_value_names": "present.%d.value",
                 },
+                **run,
             },
         },
         "search": {
@@ -92,4 +87,52 @@ def genai_config(
             **({"chunk_size": int(most)} if most else {}),
             **_SAMPLING,
         },
+    }
+
+
+def _one(
+    graphs: Mapping[str, ir.Model], config: Mapping[str, Any], session_options: Mapping[str, Any]
+) -> dict[str, Any]:
+    """How one graph is run."""
+    (filename,) = graphs
+    return {
+        "filename": filename,
+        "session_options": dict(session_options),
+        "sliding_window": {
+            "window_size": config["sliding_window"],
+            "slide_key_value_cache": False,  # the graph writes them as rings
+            "slide_inputs": False,
+            "layers": list(range(1, config["num_hidden_layers"] // 2, 2)),
+        },
+    }
+
+
+def _pipeline(
+    graphs: Mapping[str, ir.Model], target: Target, session_options: Mapping[str, Any]
+) -> dict[str, Any]:
+    """How several graphs are run: some on prompts, which are cut to their size, some on tokens."""
+    stages = []
+    for graph in target.graphs:
+        model = graphs[file_of(graph)].graph
+        stage = {
+            "filename": file_of(graph),
+            "inputs": [value.name for value in model.inputs],
+            "outputs": [value.name for value in model.outputs],
+            "run_on_prompt": graph.tokens != 1,
+            "run_on_token_gen": graph.tokens in (None, 1),
+            "session_options": {"provider_options": []},
+        }
+        if graph.provider == target.provider:
+            stage["session_options"] = dict(session_options)
+        stages.append({graph.name: stage})
+    return {
+        "session_options": {"provider_options": []},
+        "sliding_window": {
+            "window_size": max(graph.tokens or 1 for graph in target.graphs),
+            "pad_value": 0,
+            "alignment": "right",
+            "slide_key_value_cache": False,
+            "slide_inputs": True,
+        },
+        "pipeline": stages,
     }

@@ -26,6 +26,7 @@ from graph_passes.fold_weight_transposes import fold_weight_transposes
 from graph_passes.gather_single_row import gather_single_row
 from graph_passes.inline_operators import inline_operators
 from graph_passes.keep_part import keep_part
+from graph_passes.pack_window_caches import pack_window_caches
 from graph_passes.pipeline import Pass
 from graph_passes.quantize_embedding import quantize_embedding
 from graph_passes.quantize_matmul import quantize_matmul
@@ -39,6 +40,8 @@ from targets.weights import INT4, SCAN_INPUTS, rules
 
 PROVIDER = "QNNExecutionProvider"
 PREFILL = 64  # tokens of a call
+
+_OPTIONS = {"provider_options": [{"qnn": {"backend_type": "htp"}}]}
 
 _BEGIN: tuple[Pass, ...] = (
     store_caches_in_float16,
@@ -56,6 +59,7 @@ def _whole(tokens: int) -> tuple[Pass, ...]:
         partial(fix_dimension, name="window", size="sliding_window"),
         partial(inline_operators, keep=("AppendKeyValue", "DifferentialCrossAttention")),
         partial(compute_part_in_float16, part="fixed"),
+        pack_window_caches,
     )
 
 
@@ -103,6 +107,7 @@ W4A16 = Target(
     provider=PROVIDER,
     cache="float16",
     passes=(*_BEGIN, *INT4),
+    session_options=_OPTIONS,
     graphs=_GRAPHS,
 )
 
@@ -125,6 +130,7 @@ W8A16 = Target(
     provider=PROVIDER,
     cache="float16",
     passes=(*_BEGIN, *_INT8),
+    session_options=_OPTIONS,
     graphs=_GRAPHS,
 )
 

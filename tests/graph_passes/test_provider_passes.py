@@ -20,6 +20,7 @@ from graph_passes.infer_types import infer_types
 from graph_passes.inline_operators import inline_operators
 from graph_passes.lower_opset import lower_opset
 from graph_passes.narrow_mod import narrow_mod
+from graph_passes.pack_window_caches import pack_window_caches
 from graph_passes.pipeline import Pass, describe_pass, run_passes
 from graph_passes.quantize_embedding import quantize_embedding
 from graph_passes.replace_integer_clip import replace_integer_clip
@@ -217,3 +218,54 @@ def test_a_weight_that_is_not_float32_yet_is_named(traced: Callable[..., ir.Mode
     weight.const_value = ir.Tensor(weight.const_value.numpy().astype(np.float16), name=weight.name)
     with pytest.raises(ValueError, match="fold_weight_casts"):
         compute_in_float16(model)
+
+
+def states_doubled(inner: int, dtype: ir.DataType = ir.DataType.FLOAT16) -> ir.Model:
+    """Layers 0 and 2 with a convolution, 1 with a window, 3 with a growing cache."""
+    half, kv = ir.DataType.FLOAT16, ("key", "value")
+    shapes = {f"{i}.conv_state": ((1, inner, 3), half) for i in (0, 2)}
+    shapes |= {f"1.{kind}": ((1, 2, 4, 4), dtype) for kind in kv}
+    shapes |= {f"3.{kind}": ((1, 2, "capacity", 4), half) for kind in kv}
+    inputs = [
+        ir.Value(name=f"past_key_values.{name}", shape=ir.Shape(shape), type=ir.TensorType(kind))
+        for name, (shape, kind) in shapes.items()
+    ]
+    nodes = [ir.node("Add", [value, value]) for value in inputs]
+    for node, value in zip(nodes, inputs, strict=True):
+        output = node.outputs[0]
+        output.name = value.name.replace("past_key_values", "present")
+        output.shape, output.type = value.shape, value.type
+    outputs = [node.outputs[0] for node in nodes]
+    graph = ir.Graph(inputs, outputs, nodes=nodes, opset_imports={"": 20}, name="states")
+    return ir.Model(graph, ir_version=10)
+
+
+def test_windows_travel_behind_the_convolution_before_them() -> None:
+    packed = pack_window_caches(states_doubled(inner=16))
+    session = onnxruntime.InferenceSession(ir.to_proto(packed).SerializeToString())
+    shapes = {value.name: value.shape for value in session.get_inputs()}
+    assert shapes["past_key_values.0.conv_state"] == [1, 16, 3 + 2 * 2 * 4 * 4 // 16]
+    assert not {name for name in shapes if ".1." in name}
+    random = np.random.default_rng(0)
+    feeds = {
+        name: random.standard_normal([5 if n == "capacity" else n for n in shape]).astype("f2")
+        for name, shape in shapes.items()
+    }
+    names = [value.name for value in session.get_outputs()]
+    for name, doubled in zip(names, session.run(names, feeds), strict=True):
+        expected = 2 * feeds[name.replace("present", "past_key_values")]
+        if name == "present.2.conv_state":  # no window behind it: the rest stays
+            expected[..., 3:] /= 2
+        np.testing.assert_array_equal(doubled, expected)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (states_doubled(inner=12), "64 numbers do not fill columns of 12"),
+        (states_doubled(inner=16, dtype=ir.DataType.FLOAT), "choose caches of float16"),
+    ],
+)
+def test_windows_that_cannot_travel_so_are_named(model: ir.Model, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        pack_window_caches(model)
