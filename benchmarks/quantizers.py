@@ -1,10 +1,11 @@
-"""Error, time and memory of weight quantizers, ours and ONNX Runtime's, on the same matrices.
+"""Error, time and memory of weight quantizers, ours, ONNX Runtime's and Olive's, on one matrix.
 
     python -m benchmarks.quantizers [--rows 2560] [--columns 2560] [--weights NAME ...] [--json]
 
 Each quantizer gets the same ONNX file, a matrix product with its weight beside it, in a process of
 its own. The error is that of the weight as ONNX Runtime reads it back: the product of the identity
 and the quantized matrix. Memory is what the process grows by at its peak, in bytes a weight.
+Olive takes part where it is installed.
 """
 
 from __future__ import annotations
@@ -12,11 +13,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import importlib.util
 import io
 import json
 import logging
 import math
 import multiprocessing
+import os
 import sys
 import tempfile
 import time
@@ -26,6 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import onnxruntime
 from rich.console import Console
@@ -180,6 +184,24 @@ def quantize_theirs(path: str, algorithm: str, form: WeightFormat) -> tuple[byte
     return proto.SerializeToString(), sum(len(tensor.raw_data) for tensor in tensors)
 
 
+def quantize_with_olive(path: str, form: WeightFormat) -> tuple[bytes, int]:
+    """The same by Olive's k-quant."""
+    os.environ["OLIVE_DISABLE_TELEMETRY"] = "1"
+    from olive.model import ONNXModelHandler
+    from olive.passes.olive_pass import create_pass_from_dict
+    from olive.passes.onnx.kquant_quantization import OnnxKQuantQuantization
+
+    logging.disable(logging.WARNING)
+    settings = {"bits": form.bits, "block_size": form.block_size, "accuracy_level": 1}
+    quantizer = create_pass_from_dict(OnnxKQuantQuantization, settings, disable_search=True)
+    with tempfile.TemporaryDirectory() as folder:
+        written = quantizer.run(ONNXModelHandler(path), str(Path(folder) / "model.onnx"))
+        proto = onnx.load(written.model_path)
+    node = next(node for node in proto.graph.node if node.op_type == "MatMulNBits")
+    tensors = [tensor for tensor in proto.graph.initializer if tensor.name in node.input]
+    return proto.SerializeToString(), sum(len(tensor.raw_data) for tensor in tensors)
+
+
 def _runs() -> Iterator[tuple[str, WeightFormat]]:
     for form in FORMATS:
         for name in ("rtn", "search"):
@@ -189,6 +211,8 @@ def _runs() -> Iterator[tuple[str, WeightFormat]]:
             continue
         # Both have zero points always; those of hqq are floats, which no 8-bit product takes.
         yield "ORT, k-quant", form
+        if importlib.util.find_spec("olive") is not None:
+            yield "Olive, k-quant", form
         if form.bits == 4:
             yield "ORT, hqq", form
 
@@ -203,6 +227,8 @@ def _measure(path: str, weight: str, quantizer: str, form: WeightFormat) -> Row:
         author, _, algorithm = quantizer.partition(", ")
         if author == "ours":
             return quantize_ours(source, form)
+        if author == "Olive":
+            return quantize_with_olive(source, form)
         return quantize_theirs(source, algorithm, form)
 
     with tempfile.TemporaryDirectory() as scratch:  # imports and warms up
