@@ -176,8 +176,10 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     machine = describe_machine(options.threads)
     machine["float32_GEMM_GOP_s"] = round(gemm_rate() / 1e9, 1)
     found: dict[str, list[Times]] = {name: [] for name in commands}
-    for _ in range(options.blocks):
+    for block in range(options.blocks):
         for name, command in commands.items():
+            told = f"block {block + 1} of {options.blocks}: {name or options.package.name}"
+            print(told, file=sys.stderr, flush=True)
             found[name].append(run_worker(command, job))
     peers = {
         name: {"version": version, "places": compare(found[""], found[name])}
