@@ -70,9 +70,13 @@ def test_a_target_like_no_other_offers_all() -> None:
 def test_a_recipe_leaves_no_work_on_weights(traced: Callable[[], ir.Model], target: Target) -> None:
     result = run_passes(traced(), target.passes)
     weights = result.graph.initializers.values()
-    floats = {ir.DataType.FLOAT} if target.provider == CPU else {ir.DataType.FLOAT16}
     plain = {ir.DataType.FLOAT, ir.DataType.UINT8, ir.DataType.INT64}
-    assert {value.dtype for value in weights} <= plain | floats
+    halves = [value for value in weights if value.dtype == ir.DataType.FLOAT16]
+    assert {value.dtype for value in weights} <= plain | {ir.DataType.FLOAT16}
+    if target.provider == CPU:  # computes in float32: only scales are of float16
+        assert all(value.name.endswith((".scale", ".scales")) for value in halves)
+        # the embedding's, one a row, are cast when a session is made
+        weights = [value for value in weights if value not in halves]
     readers = {node.op_type for value in weights for node, _ in value.uses()}
     assert not readers & {"Cast", "Transpose"}
 
@@ -81,6 +85,8 @@ def test_the_default_keeps_what_steers_the_scan_and_doubles_what_is_shared(
     traced: Callable[[], ir.Model],
 ) -> None:
     assert chosen_bits(run_passes(traced(), DEFAULT.passes)) == {
+        "layers.0.attn.x_proj": 8,
+        "layers.1.attn.dt_proj": 8,
         "layers.1.mlp.fc1": 4,
         "layers.2.attn.in_proj": 8,
         "layers.3.attn.Wqkv": 8,
