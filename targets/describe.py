@@ -8,7 +8,8 @@ import sys
 
 from graph_passes.pipeline import describe_pass
 from targets import DEFAULT, TARGETS
-from targets.target import Target
+from targets.graphs import file_of
+from targets.target import Graph, Target
 
 _HEAD = """\
 # Targets
@@ -44,6 +45,14 @@ kernels ([targets/kernels.json](../targets/kernels.json) names their sources).
 - CUDA: every node of the step has a kernel on the device and no shape depends on a value, as
   capturing a graph needs; `enable_cuda_graph` is "0" until it was tried on a device.
   `ep.cuda.fpa_intb_gemm` turns the fast 4-bit kernels on.
+- `qnn-npu-*` packages hold five graphs that share one file of weights. Layers 0..M and the keys and
+  values of layer M+1 run on the NPU, prompts in calls of 64 tokens, all in float16: the processor
+  has nothing wider. Embedding and masks before it, attention over the growing cache and what
+  follows run on the CPU: of these only the last token of a call is seen, and one token at a time is
+  bound by reading weights on either processor. One row; no `--verify`, no `--all-logits`. On QNN's
+  emulator free-running answers stayed within what 8-bit weights may cost (mean KL divergence 0.002,
+  99 % of tokens kept). Not run on a device. Compile on the device, once:
+  `python -m runtime_py.compile PACKAGE`.
 - WebGPU: integers (positions, masks, slots) are computed on the processor beside the device,
   everything else on it.
 """
@@ -68,7 +77,14 @@ def _recipe(target: Target) -> str:
     passes = "".join(f"    {describe_pass(apply)}\n" for apply in target.passes)
     limit = f"At most {target.max_context} tokens in GenAI. " if target.max_context else ""
     options = json.dumps(dict(target.session_options))
-    return f"\n### {target.name}\n\n{passes}\n{limit}GenAI session options: `{options}`.\n"
+    graphs = "".join(map(_graph, target.graphs))
+    return f"\n### {target.name}\n\n{passes}{graphs}\n{limit}GenAI session options: `{options}`.\n"
+
+
+def _graph(graph: Graph) -> str:
+    calls = f", calls of {graph.tokens}" if graph.tokens else ""
+    passes = "".join(f"    {describe_pass(apply)}\n" for apply in graph.passes)
+    return f"\nThen `{file_of(graph)}` ({graph.provider}{calls}):\n\n{passes}"
 
 
 def main() -> int:
