@@ -168,7 +168,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     provider = PROVIDERS[options.provider] if options.provider else None
     status = 0
-    for path in _graphs(options.package, provider):
+    for path in find_graphs(options.package, provider):
         try:
             model = ir.load(path)
         except Exception as error:
@@ -185,8 +185,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return status
 
 
-def _graphs(package: Path, provider: str | None) -> list[Path]:
-    """The model files to check: of several those for the provider, all where none is."""
+def find_graphs(package: Path, provider: str | None = None) -> list[Path]:
+    """The model files of a package: of several those for the provider, all where none is."""
     if not package.is_dir():
         return [package]
     try:

@@ -27,6 +27,7 @@ from graph_passes.gather_single_row import gather_single_row
 from graph_passes.keep_part import keep_part
 from graph_passes.pipeline import run_passes
 from runtime_py import InputError, PackageError, Session
+from runtime_py.chat import main as chat
 from runtime_py.compile import main as compile_command
 from targets import TARGETS
 from targets.graphs import make_graphs
@@ -174,6 +175,16 @@ def test_a_saved_sequence_goes_on_and_is_refused_by_another_package(
     np.testing.assert_array_equal(resumed.step([3]), sequence.step([3]))
     with pytest.raises(ValueError, match="another model"):
         on_cpu(package(NPU[1])).load(tmp_path / "saved")
+
+
+def test_the_chat_runs_it_on_the_provider_that_is_named(
+    package: Make, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [str(package(NPU[0])), "--prompt", "What is 12 + 30?", "--temperature", "0"]
+    assert chat([*arguments, "--provider", CPU]) == 0
+    assert "42" in capsys.readouterr().out
+    assert chat(arguments) == 2
+    assert "made for QNNExecutionProvider" in capsys.readouterr().err
 
 
 def test_an_interruption_comes_when_all_graphs_of_a_call_are_through(package: Make) -> None:
