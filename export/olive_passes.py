@@ -37,7 +37,7 @@ from graph_passes.streamed_tensor import StreamedTensor
 from runtime_py.native import library_path
 from targets import find_target
 from targets.package import DATA, MODEL, write_package
-from targets.recipes import with_recipe
+from targets.recipes import recipe_of, with_recipe
 
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
 
@@ -108,7 +108,9 @@ class SambaYTarget(Pass):
     ) -> ONNXModelHandler:
         target = find_target(config.target)
         if config.recipe is not None:
-            target = with_recipe(target, recipe_from_json(config.recipe))
+            own = recipe_of(target)  # its scales are the target's, as with phi4export --recipe
+            scale_type = "float32" if own is None else own.default.scale_type
+            target = with_recipe(target, recipe_from_json(config.recipe, scale_type))
         traced = ir.load(model.model_path)
         if "sambay.config" not in traced.metadata_props or "sambay.target" in traced.metadata_props:
             raise ValueError(

@@ -92,12 +92,17 @@ def test_a_recipe_makes_the_package_that_phi4export_makes(export, olive_command,
         assert (made / name).read_bytes() == (expected / name).read_bytes(), name
 
 
-def test_a_recipe_may_say_which_bits_a_weight_gets(export, olive_run) -> None:
+def test_a_recipe_may_say_which_bits_a_weight_gets(export, olive_run, tmp_path) -> None:
     weights = {"default": {"bits": 8}, "rules": {"*.x_proj.*": None, "*.dt_proj.*": None}}
+    recipe = tmp_path / "recipe.json"
+    recipe.write_text(json.dumps(weights), encoding="utf-8")
+    expected = export(None, "cpu-int4", "--portable", "--recipe", str(recipe))
     step = {"type": "SambaYTarget", "target": "cpu-int4", "recipe": weights, "portable": True}
     made = olive_run("cpu_int4.json", passes={"trace": {"type": "SambaYExport"}, "package": step})
     assert not list(made.glob("sambay_ops*"))
-    assert greedy(made)[0] == greedy(export(None, "cpu-int8"))[0]
+    data = "model.onnx.data"
+    assert (made / data).read_bytes() == (expected / data).read_bytes()
+    assert greedy(made)[0] == greedy(expected)[0]
 
 
 def other_model(folder: Path, dtype: ir.DataType) -> Path:
