@@ -115,10 +115,13 @@ def _open_graph(
             add_plugin(options, chosen[0])
             compiled = compiled_file(path)
             return ort.InferenceSession(str(compiled if compiled.exists() else path), options)
-        return ort.InferenceSession(str(path), options, providers=chosen)
+        # Unasked, Python's session would go on with the CPU where a provider cannot start.
+        return ort.InferenceSession(str(path), options, providers=chosen, enable_fallback=0)
     except Exception as error:  # ONNX Runtime's exceptions share no narrower base
         reason = " ".join(str(error).split())[:300]
         remedy = "copy or export the package again"
+        if chosen[0] != CPU:
+            remedy = f"if {chosen[0]} cannot start here, ask for {CPU}"
         if made_for not in chosen:
             remedy = f"it was made for {made_for}, not for {chosen[0]}"
         raise PackageError(f"{path} cannot be read as a model ({reason}); {remedy}") from error

@@ -12,6 +12,7 @@ import onnxruntime as ort
 import pytest
 
 from runtime_py import Session, states
+from runtime_py.errors import PackageError
 
 WRAPPED = ort.OrtValue.ortvalue_from_numpy
 
@@ -115,3 +116,23 @@ def test_only_what_must_travel_travels(on_device: Session) -> None:
     states_copied = [name for name in copied if name.startswith(states.PAST)]
     on_cuda = on_device.model.get_providers()[0] == "CUDAExecutionProvider"
     assert bool(states_copied) is not on_cuda
+
+
+def test_a_provider_that_cannot_start_is_an_error_and_not_the_processor(
+    export, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ONNX Runtime's session would go on with the CPU provider, and say so on stdout."""
+    start = ort.InferenceSession._create_inference_session
+
+    def no_adapter(self: Any, providers: list[str], *rest: Any) -> None:
+        if providers[0] != "CPUExecutionProvider":
+            raise RuntimeError("no adapter")
+        start(self, providers, *rest)
+
+    monkeypatch.setattr(ort.InferenceSession, "_create_inference_session", no_adapter)
+    there = ["WebGpuExecutionProvider", "CPUExecutionProvider"]
+    monkeypatch.setattr(ort, "get_available_providers", lambda: there)
+    package = export(None, "webgpu-int4")
+    with pytest.raises(PackageError, match=r"no adapter.*WebGpu.* cannot start here, ask for CPU"):
+        Session(package)
+    assert Session(package, providers=there[1:]).start().step([1]).shape == (1, 800)
