@@ -146,7 +146,7 @@ def _move_weights(model: ir.Model, file: _Data) -> None:
                 tensor.numpy().copy(), dtype=tensor.dtype, name=value.name
             )
             continue
-        key = _identity(tensor)
+        key = _identity(value.name, tensor)
         if key not in file.written:
             file.align(alignment(tensor.nbytes))
             start = file.position
@@ -167,14 +167,14 @@ def _move_weights(model: ir.Model, file: _Data) -> None:
         )
 
 
-def _identity(tensor: Any) -> object:
+def _identity(name: str | None, tensor: Any) -> object:
     """The same for tensors that several graphs share.
 
-    What is computed while it is written is a weight, which its name tells from others; what is in
-    memory is told by its contents.
+    What is computed while it is written is a weight, which its name in the graph tells from others;
+    what is in memory is told by its contents.
     """
     if isinstance(tensor, ir.LazyTensor):
-        return tensor.name, str(tensor.dtype)
+        return name, str(tensor.dtype)
     if isinstance(tensor, ir.Tensor):
         return str(tensor.dtype), hashlib.sha256(tensor.tobytes()).digest()
     return id(tensor)

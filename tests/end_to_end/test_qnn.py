@@ -26,6 +26,7 @@ from graph_passes.cleanup import cleanup
 from graph_passes.gather_single_row import gather_single_row
 from graph_passes.keep_part import keep_part
 from graph_passes.pipeline import run_passes
+from graph_passes.set_accuracy_level import set_accuracy_level
 from runtime_py import InputError, PackageError, Session
 from runtime_py.chat import main as chat
 from runtime_py.compile import main as compile_command
@@ -288,3 +289,5 @@ def test_what_the_passes_cannot_do_is_named() -> None:
         gather_single_row(ir.from_onnx_text(text.format(rows=2)))
     with pytest.raises(ValueError, match="'heads'"):
         keep_part(one, part="heads")
+    with pytest.raises(ValueError, match="level is 9"):
+        set_accuracy_level(one, level=9)
