@@ -161,6 +161,16 @@ def test_a_rewind_into_the_text_is_refused_or_right(package: Package) -> None:
     np.testing.assert_allclose(generator.get_logits(), expected, atol=package.rounded)
 
 
+def test_beam_search_ends_with_an_error_and_not_with_wrong_text(package: Package) -> None:
+    def answer() -> None:
+        generator = package.generator(num_beams=2)
+        generator.append_tokens(text(20))
+        run(generator, 4)
+
+    with pytest.raises(RuntimeError, match="past"):
+        answer()
+
+
 def test_rows_of_equal_length_are_each_the_row_alone(package: Package) -> None:
     rows = np.stack([text(60, seed) for seed in range(3)])
     generator = package.generator(batch_size=3)
