@@ -1,7 +1,7 @@
 // A chat on the console through ONNX Runtime GenAI:  dotnet run -- PACKAGE [PROVIDER]
 //
 // Compiled and tested on Linux, with .NET 8 and the sources of Microsoft.ML.OnnxRuntimeGenAI as npm has
-// them (../fetch_tools.sh); not run on Windows, nor with the NuGet package that the project names.
+// them (version 0.4.9); not run on Windows, nor with the NuGet package that the project names.
 //
 // PROVIDER (such as dml or cuda) replaces the one that genai_config.json names.
 

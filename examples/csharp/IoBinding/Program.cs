@@ -1,7 +1,7 @@
 // Greedy decoding through plain ONNX Runtime:  dotnet run -- PACKAGE ID...
 //
 // Compiled and tested on Linux, with .NET 8 and the sources of Microsoft.ML.OnnxRuntime as npm has them
-// (../fetch_tools.sh); not run on Windows, nor with the NuGet package that the project names.
+// (version 0.4.9); not run on Windows, nor with the NuGet package that the project names.
 //
 // The IDs are the prompt's tokens. Prints those of the answer, the end token last. Every state is
 // bound once as past and as present, so a step copies none of them.
