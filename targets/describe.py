@@ -46,8 +46,9 @@ the CPU provider for a prompt of 10 tokens and three more; bodies are inlined, n
 | `directml-fp16` | not written | 3547 | | |
 | `webgpu-int4` | not written | 3724 | | |
 
-By `python -m benchmarks.targets`; machine, versions and date are in
+By `python -m benchmarks.targets DIR --folder PACKAGES`; machine, versions and date are in
 [targets.json](../benchmarks/results/targets.json). Those not written were traced and looked at.
+`qnn-npu-w4a16` was measured apart: [2.60 GB in five graphs](engines.md#qnn).
 
 - A package opened by `runtime_py` without naming a provider uses the one it was made for, or says
   what that is.
