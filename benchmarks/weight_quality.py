@@ -159,7 +159,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _formats() -> Iterator[WeightFormat]:
-    for bits, sizes in ((4, BLOCK_SIZES), (8, (32,))):
+    for bits, sizes in ((4, BLOCK_SIZES), (8, (32, 128))):
         for size in sizes:
             for zero_points in (False, True) if bits == 4 else (False,):
                 for quantizer in QUANTIZERS:

@@ -5,8 +5,8 @@ from graph_passes.recipe import QUANTIZERS, WeightFormat
 
 
 def test_calibrated_weights_lose_a_third_less_than_rounded_ones(tmp_path) -> None:
-    measured = WeightQuality(tokens=192)
-    calibration = measured.calibrate(tmp_path, tokens=6000)
+    measured = WeightQuality(tokens=128)
+    calibration = measured.calibrate(tmp_path, tokens=3000)
     lost = {
         quantizer: measured.cost(WeightFormat(quantizer=quantizer), calibration).kl
         for quantizer in QUANTIZERS
