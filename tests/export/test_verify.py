@@ -80,7 +80,7 @@ def test_fewer_bits_cost_more(verified) -> None:
 
 
 @pytest.mark.parametrize(("target", "bits", "least", "most"), [
-    ("cpu-int4", 4, 17, 24), ("cpu-int8", 8, 40, 50)
+    ("cpu-int4", 4, 17, 24), ("cpu-int8", 8, 40, 55)
 ])  # fmt: skip
 def test_quantized_weights_have_the_ratio_of_their_bits(
     verified, target: str, bits: int, least: float, most: float
