@@ -91,9 +91,9 @@ def test_a_failed_process_is_one_line(
     monkeypatch.setattr(peers, "PHI_4_MINI", TINY)
     monkeypatch.setattr(peers, "describe_machine", lambda threads: {})
     assert main([str(tmp_path / "nothing"), "--peer", "ort-full-attention"]) == 2
-    message = capsys.readouterr().err
-    assert message.count("\n") == 1
-    assert "nothing" in message
+    told, message = capsys.readouterr().err.splitlines()
+    assert told == "block 1 of 3: nothing"
+    assert "nothing does not exist" in message
 
 
 @pytest.mark.parametrize("peer", ["vllm", ""])

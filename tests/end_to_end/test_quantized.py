@@ -27,7 +27,9 @@ from tests.end_to_end.conftest import Written
 TARGETS = ["cpu-int8", "cpu-int4"]
 SIZES = ["4/4 heads", "12/4 heads"]  # widths 60, 72, 90, 100, 216: none fills its blocks of 32
 
-EQUAL = 1e-3  # of the largest value, where the runtime computes in float32
+# Of the largest value: where ONNX Runtime computes in float32 but for its float16 caches, and where
+# the native product rounds inputs to 15 bits. Layers pass errors on: up to 2e-4 and 1.1e-3 were seen.
+EQUAL, FINE = 1e-3, 3e-3
 
 # With accuracy_level 4, as shipped, the runtime rounds activations to 8 bits before each product.
 # Relative error of the logits over all calls: 0.03 to 0.07; with weights in a wrong order 1.2.
@@ -94,7 +96,8 @@ def at_accuracy(tmp_path: Path) -> Iterator[Copy]:
         for node in model.graph.node:
             for attribute in node.attribute:
                 if attribute.name == "accuracy_level":
-                    assert attribute.i == 4, "what the targets ship, and ROUNDED was measured with"
+                    steers_the_scan = re.search("x_proj|dt_proj", node.input[1])
+                    assert attribute.i == (1 if steers_the_scan else 4)  # what targets ship
                     attribute.i = level
                     changed += 1
         assert changed
@@ -114,14 +117,23 @@ def outputs(run: PackageRun | TorchRun, ids: np.ndarray) -> dict[str, np.ndarray
     return {"logits": logits} | states  # of caches the slots in use
 
 
-def check(checkpoint: Written, package: Path, at_accuracy: Copy, length: int) -> None:
+def check(
+    checkpoint: Written,
+    package: Path,
+    at_accuracy: Copy,
+    length: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     ids = np.random.default_rng(length).integers(0, checkpoint.config["vocab_size"], length)
     expected = outputs(with_stored_weights(checkpoint.folder, package), ids)
-    exact = outputs(PackageRun(Session(at_accuracy(package, 1), threads=2)), ids)
-    assert exact.keys() == expected.keys()
-    for name, value in expected.items():
-        bound = EQUAL * np.abs(value).max()
-        np.testing.assert_allclose(exact[name], value, atol=bound, rtol=0, err_msg=name)
+    exact = at_accuracy(package, 1)
+    for native, tolerance in (("0", EQUAL), ("1", FINE)):
+        monkeypatch.setenv("SAMBAY_NATIVE", native)
+        computed = outputs(PackageRun(Session(exact, threads=2)), ids)
+        assert computed.keys() == expected.keys()
+        for name, value in expected.items():
+            bound = tolerance * np.abs(value).max()
+            np.testing.assert_allclose(computed[name], value, atol=bound, rtol=0, err_msg=name)
     shipped = outputs(PackageRun(Session(package, threads=2)), ids)["logits"]
     wanted = expected["logits"]
     assert np.linalg.norm(shipped - wanted) <= ROUNDED * np.linalg.norm(wanted)
@@ -130,15 +142,15 @@ def check(checkpoint: Written, package: Path, at_accuracy: Copy, length: int) ->
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("size", SIZES)
 def test_a_quantized_package_equals_the_model_with_its_weights(
-    size: str, target: str, written, package, at_accuracy: Copy
+    size: str, target: str, written, package, at_accuracy: Copy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint = written(size)
-    check(checkpoint, package(checkpoint.folder, target), at_accuracy, 25)
+    check(checkpoint, package(checkpoint.folder, target), at_accuracy, 25, monkeypatch)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 def test_the_real_widths_equal_the_model_with_their_weights(
-    target: str, real_widths: Written, package, at_accuracy: Copy
+    target: str, real_widths: Written, package, at_accuracy: Copy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    check(real_widths, package(real_widths.folder, target), at_accuracy, 50)
+    check(real_widths, package(real_widths.folder, target), at_accuracy, 50, monkeypatch)
