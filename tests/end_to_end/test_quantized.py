@@ -28,7 +28,7 @@ TARGETS = ["cpu-int8", "cpu-int4"]
 SIZES = ["4/4 heads", "12/4 heads"]  # widths 60, 72, 90, 100, 216: none fills its blocks of 32
 
 # Of the largest value: where ONNX Runtime computes in float32 but for its float16 caches, and where
-# the native product rounds inputs to 15 bits. Layers pass errors on: up to 2e-4 and 1.1e-3 were seen.
+# the native product rounds inputs to 15 bits. Layers pass errors on: 2e-4 and 1.1e-3 were seen.
 EQUAL, FINE = 1e-3, 3e-3
 
 # With accuracy_level 4, as shipped, the runtime rounds activations to 8 bits before each product.
