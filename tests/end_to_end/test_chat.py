@@ -191,7 +191,7 @@ def terminal(package: Path, *options: str) -> Iterator[tuple[Callable[..., str],
 
         def type_and_read(keys: str, until: str, seconds: float = 60) -> str:
             os.write(ours, keys.encode())
-            # Python's input() misses a signal that comes just before it waits: a person presses again.
+            # input() misses a signal that comes just before it waits: a person presses again.
             if keys == "\x03" and not select.select([ours], [], [], 10)[0]:
                 os.write(ours, keys.encode())
             seen, end = b"", time.monotonic() + seconds
