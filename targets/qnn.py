@@ -21,22 +21,18 @@ from graph_passes.cleanup import cleanup
 from graph_passes.compute_part_in_float16 import compute_part_in_float16
 from graph_passes.fix_dimension import fix_dimension
 from graph_passes.fold_shapes import fold_shapes
-from graph_passes.fold_weight_casts import fold_weight_casts
-from graph_passes.fold_weight_transposes import fold_weight_transposes
 from graph_passes.gather_single_row import gather_single_row
 from graph_passes.inline_operators import inline_operators
 from graph_passes.keep_part import keep_part
 from graph_passes.pack_window_caches import pack_window_caches
 from graph_passes.pipeline import Pass
-from graph_passes.quantize_embedding import quantize_embedding
-from graph_passes.quantize_matmul import quantize_matmul
 from graph_passes.replace_scan_loop import replace_scan_loop
 from graph_passes.replace_scatter import replace_scatter
 from graph_passes.set_accuracy_level import set_accuracy_level
 from graph_passes.store_caches_in_float16 import store_caches_in_float16
 from graph_passes.use_native_matmul import use_native_matmul
 from targets.target import CPU, Graph, Target
-from targets.weights import INT4, SCAN_INPUTS, rules
+from targets.weights import INT4, INT8
 
 PROVIDER = "QNNExecutionProvider"
 PREFILL = 64  # tokens of a call
@@ -111,25 +107,12 @@ W4A16 = Target(
     graphs=_GRAPHS,
 )
 
-_INT8: tuple[Pass, ...] = (
-    partial(quantize_embedding, bits=8, block_size=32, accuracy_level=0),
-    partial(
-        quantize_matmul,
-        bits=8,
-        block_size=32,
-        accuracy_level=0,
-        rules=rules(SCAN_INPUTS, None),
-    ),
-    fold_weight_casts,
-    fold_weight_transposes,
-)
-
 W8A16 = Target(
     name="qnn-npu-w8a16",
     summary="8-bit weights, 16-bit float activations",
     provider=PROVIDER,
     cache="float16",
-    passes=(*_BEGIN, *_INT8),
+    passes=(*_BEGIN, *INT8),
     session_options=_OPTIONS,
     graphs=_GRAPHS,
 )

@@ -31,17 +31,26 @@ UNQUANTIZED: tuple[Pass, ...] = (
     fold_weight_transposes,
 )
 
-# Products in the activations' own type: what a GPU computes fastest. Symmetric blocks of 32 with
-# scales [rows, blocks] are the form that every provider's kernels take.
-INT4: tuple[Pass, ...] = (
-    partial(quantize_embedding, bits=8, block_size=32, accuracy_level=0),
-    partial(
-        quantize_matmul,
-        bits=4,
-        block_size=32,
-        accuracy_level=0,
-        rules=rules(SCAN_INPUTS, None) + rules(SHARED_RESULTS, 8),
-    ),
-    fold_weight_casts,
-    fold_weight_transposes,
-)
+
+def _in_blocks(bits: int, kept: tuple[Rule, ...] = ()) -> tuple[Pass, ...]:
+    """Products in the activations' own type: what a GPU or an NPU computes fastest.
+
+    Symmetric blocks of 32 with scales [rows, blocks] are the form that every provider's kernels
+    take.
+    """
+    return (
+        partial(quantize_embedding, bits=8, block_size=32, accuracy_level=0),
+        partial(
+            quantize_matmul,
+            bits=bits,
+            block_size=32,
+            accuracy_level=0,
+            rules=rules(SCAN_INPUTS, None) + kept,
+        ),
+        fold_weight_casts,
+        fold_weight_transposes,
+    )
+
+
+INT4 = _in_blocks(4, rules(SHARED_RESULTS, 8))
+INT8 = _in_blocks(8)
