@@ -42,7 +42,7 @@ the CPU provider for a prompt of 10 tokens and three more; bodies are inlined, n
 |---|---|---|---|---|
 | `cuda-int4` | 2.54 GB | 3612 | 1.98 GB, 222 s of processor time | 5.3 GB |
 | `openvino-int4` | 2.75 GB | 3345 | 1.62 GB, 143 s of processor time | 5.2 GB |
-| `directml-int4` | 2.54 GB | 3549 | 1.95 GB | 5.4 GB |
+| `directml-int4` | 2.55 GB | 3549 | 1.98 GB, 152 s of processor time | 5.3 GB |
 | `directml-fp16` | not written | 3547 | | |
 | `webgpu-int4` | not written | 3724 | | |
 
