@@ -126,6 +126,11 @@ def _convert(graph: ir.Graph, value: ir.Value, dtype: ir.DataType) -> ir.Value:
                 "before compute_in_float16"
             )
         return add_initializer(graph, half_tensor(tensor))
+    return add_cast(graph, value, dtype)
+
+
+def add_cast(graph: ir.Graph, value: ir.Value, dtype: ir.DataType) -> ir.Value:
+    """The value in another dtype, by a Cast right behind what gives it."""
     cast = ir.node("Cast", [value], {"to": dtype})
     cast.outputs[0].shape, cast.outputs[0].type = value.shape, ir.TensorType(dtype)
     producer = value.producer()

@@ -6,7 +6,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from graph_passes.compute_in_float16 import half_tensor
+from graph_passes.compute_in_float16 import add_cast, half_tensor
 from graph_passes.infer_types import fill_in_types
 from graph_passes.keep_part import find_parts
 from graph_passes.pipeline import graph_pass
@@ -62,14 +62,9 @@ def _narrow(graph: ir.Graph, value: ir.Value) -> ir.Value:
             numbers = np.clip(tensor.numpy(), -_LARGEST, _LARGEST).astype(np.float16)
             return add_initializer(graph, ir.Tensor(numbers, name=f"{value.name}.float16"))
         return add_initializer(graph, half_tensor(tensor))
-    cast = ir.node("Cast", [value], {"to": _HALF})
-    _describe(cast.outputs[0], f"{value.name}.float16", value, _HALF)
-    producer = value.producer()
-    if producer is None:
-        graph.insert_before(graph[0], cast)
-    else:
-        graph.insert_after(producer, cast)
-    return cast.outputs[0]
+    narrow = add_cast(graph, value, _HALF)
+    narrow.name = f"{value.name}.float16"
+    return narrow
 
 
 def _widen_outside(graph: ir.Graph, value: ir.Value, inside: set[ir.Node]) -> None:
@@ -77,21 +72,13 @@ def _widen_outside(graph: ir.Graph, value: ir.Value, inside: set[ir.Node]) -> No
     readers = [use for use in value.uses() if use.node not in inside]
     if not readers and not value.is_graph_output():
         return
-    producer = value.producer()
-    assert producer is not None
-    cast = ir.node("Cast", [value], {"to": _WIDE})
-    wide, name = cast.outputs[0], value.name
+    wide, name = add_cast(graph, value, _WIDE), value.name
     value.name = f"{name}.float16"
-    _describe(wide, name, value, _WIDE)
-    graph.insert_after(producer, cast)
+    wide.name = name
     for use in readers:
         use.node.replace_input_with(use.idx, wide)
     if value.is_graph_output():
         graph.outputs[graph.outputs.index(value)] = wide
-
-
-def _describe(value: ir.Value, name: str | None, like: ir.Value, dtype: ir.DataType) -> None:
-    value.name, value.shape, value.type = name, like.shape, ir.TensorType(dtype)
 
 
 def _remove_idle_casts(nodes: list[ir.Node]) -> None:
