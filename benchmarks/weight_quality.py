@@ -26,13 +26,13 @@ from rich.table import Table
 
 from benchmarks.machine import describe_setup
 from benchmarks.quality import TASKS, held_out
-from export.calibration import LayerInputs, collect
 from export.checkpoint import open_checkpoint
 from export.cli import REFERENCE
-from export.compare import divergence
 from export.model import SambaY
-from export.quantization import TEXT
+from export.quantize.calibration import LayerInputs, collect
+from export.quantize.options import TEXT
 from export.tensors import EMBEDDING
+from export.verify.compare import divergence
 from export.weights import load_weights
 from graph_passes.block_quantization import dequantize, quantize
 from graph_passes.recipe import QUANTIZERS, WeightFormat

@@ -25,7 +25,7 @@ from rich.progress import (
 from rich.table import Table
 
 from export.interrupts import hold_interrupts, interrupt_on_termination, keep_interrupts
-from export.verify_options import (
+from export.verify.options import (
     RANKED_TOKENS,
     add_options,
     refuse_idle_options,
@@ -34,8 +34,8 @@ from export.verify_options import (
 
 if TYPE_CHECKING:
     from export.checkpoint import Checkpoint
-    from export.costs import Costs
-    from export.quantization import Quantization
+    from export.quantize.costs import Costs
+    from export.quantize.options import Quantization
     from targets.target import Target
 
 REFERENCE = Path(__file__).parent / "reference"
@@ -205,8 +205,8 @@ def _inspect(source: str | Path) -> None:
 def _rank(options: argparse.Namespace, console: Console) -> None:
     settings = settings_of(options, tokens=RANKED_TOKENS)
     from export.checkpoint import open_checkpoint
-    from export.placement import measure_sensitivity
-    from export.sensitivity import ranking_table
+    from export.quantize.placement import measure_sensitivity
+    from export.quantize.sensitivity import ranking_table
 
     progress = Progress(*Progress.get_default_columns(), console=console, transient=True)
     with contextlib.ExitStack() as stack:
@@ -266,7 +266,7 @@ def _export(options: argparse.Namespace, console: Console) -> int:
     budget = _budget(options)
     told = _quantization(options)
     if told is not None:
-        from export.quantization import check
+        from export.quantize.options import check
 
         check(target, told)
     checkpoint = open_checkpoint(source)
@@ -280,7 +280,7 @@ def _export(options: argparse.Namespace, console: Console) -> int:
     console.print(f"talk with it: python -m runtime_py.chat {shown}")
     if not options.verify:
         return 0
-    from export.verify import deliver, verify
+    from export.verify.command import deliver, verify
 
     return deliver(verify(package, source, settings, console), settings)
 
@@ -293,7 +293,7 @@ def _quantization(options: argparse.Namespace) -> Quantization | None:
     if options.recipe is not None and options.size_budget is not None:
         raise ValueError("--recipe and --size-budget both choose the bits of weights: give one")
     with hold_interrupts():  # torch
-        from export.quantization import Quantization
+        from export.quantize.options import Quantization
 
     recipe, quantizer, calibration, folder = told
     return Quantization(recipe=recipe, quantizer=quantizer, calibration=calibration, folder=folder)
@@ -303,7 +303,7 @@ def _budget(options: argparse.Namespace) -> tuple[int, Costs | None] | None:
     """Bytes the package may have, and what its weights cost; None where no size was given."""
     if options.size_budget is None:
         return None
-    from export.costs import read_costs
+    from export.quantize.costs import read_costs
     from targets.size_budget import parse_size
 
     costs = None if options.costs is None else read_costs(options.costs)
@@ -343,7 +343,7 @@ def _write(
             )
         stage("tracing the graph")
         with hold_interrupts():  # torch
-            from export.quantization import quantized_as_told
+            from export.quantize.options import quantized_as_told
             from export.trace import trace
 
         told = _quantization(options)
@@ -354,7 +354,7 @@ def _write(
         library = None if options.portable else library_path(target.provider)
         if budget is not None:
             stage("choosing the bits of every weight")
-            from export.placement import fit_to_budget
+            from export.quantize.placement import fit_to_budget
 
             size, costs = budget
             target = fit_to_budget(

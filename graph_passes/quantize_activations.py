@@ -56,8 +56,8 @@ def quantize_activations(
 
     Args:
         ranges: least and largest of every value that ``find_quantized`` names, as
-            ``export.activation_ranges`` collects them. Zero is always representable. Constants
-            have their own.
+            ``export.quantize.activation_ranges`` collects them. Zero is always representable.
+            Constants have their own.
         dtype: one of DTYPES.
         operators: those of OPERATORS that are computed in integers.
         part: one of ``keep_part.PARTS``, whose nodes alone are looked at; None looks at all.

@@ -21,9 +21,9 @@ JOINS = {
     "export/cli.py",
     "export/olive_passes.py",
     "export/optimum_hook.py",
-    "export/placement.py",
-    "export/quantization.py",
-    "export/verify.py",
+    "export/quantize/placement.py",
+    "export/quantize/options.py",
+    "export/verify/command.py",
 }
 HEAVY = {"torch", "onnx", "onnx_ir", "onnxscript", "ml_dtypes", "transformers"}
 FORBIDDEN = {"graph_passes": {"torch"}, "targets": {"torch"}, "runtime_py": HEAVY}

@@ -9,9 +9,9 @@ import torch
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from export import calibration
-from export.calibration import Calibration, CalibrationError, collect
 from export.checkpoint import open_checkpoint
+from export.quantize import calibration
+from export.quantize.calibration import Calibration, CalibrationError, collect
 from export.weights import load_weights
 
 CHECKPOINT = open_checkpoint(Path(__file__).parents[1] / "golden" / "A8")

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from export.calibration import Calibration
 from export.checkpoint import open_checkpoint
 from export.cli import REFERENCE, main
-from export.quantization import Quantization, quantized_as_told
+from export.quantize.calibration import Calibration
+from export.quantize.options import Quantization, quantized_as_told
 from graph_passes.recipe import WeightFormat
 from targets import DEFAULT, find_target
 from targets.recipes import recipe_of

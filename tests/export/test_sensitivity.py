@@ -11,9 +11,9 @@ import torch
 from export.checkpoint import Checkpoint, open_checkpoint
 from export.cli import REFERENCE
 from export.cli import main as phi4export
-from export.compare import divergence
-from export.costs import read_costs
-from export.sensitivity import Sensitivity, matrices, rank
+from export.quantize.costs import read_costs
+from export.quantize.sensitivity import Sensitivity, matrices, rank
+from export.verify.compare import divergence
 from export.weights import load_weights
 from graph_passes.block_quantization import dequantize, quantize
 from graph_passes.recipe import WeightFormat

@@ -11,11 +11,11 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from export.bounds import LIMITS, token_bounds
 from export.cli import REFERENCE
-from export.compare import TokenQuality
-from export.package_slices import SlicedPackage, Track
-from export.verify import main
+from export.verify.bounds import LIMITS, token_bounds
+from export.verify.command import main
+from export.verify.compare import TokenQuality
+from export.verify.package_slices import SlicedPackage, Track
 from runtime_py.package import find_model
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "C4"

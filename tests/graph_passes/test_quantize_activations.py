@@ -5,12 +5,12 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 
-from export.activation_ranges import CLIPS, Histogram, choose_ranges, collect_ranges
-from export.calibration import CalibrationError
 from export.checkpoint import open_checkpoint
 from export.cli import REFERENCE
-from export.compare import divergence
+from export.quantize.activation_ranges import CLIPS, Histogram, choose_ranges, collect_ranges
+from export.quantize.calibration import CalibrationError
 from export.trace import trace
+from export.verify.compare import divergence
 from graph_passes.cleanup import cleanup
 from graph_passes.fold_weight_casts import fold_weight_casts
 from graph_passes.quantize_activations import OPERATORS, find_quantized, quantize_activations

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from export.checkpoint import open_checkpoint
 from export.cli import REFERENCE
 from export.cli import main as phi4export
-from export.sensitivity import matrices
+from export.quantize.sensitivity import matrices
 from export.trace import trace
 from graph_passes.pipeline import run_passes
 from graph_passes.recipe import resolve

@@ -23,14 +23,14 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from export.bounds import layer_bound, token_bounds, weight_bounds
 from export.checkpoint import Checkpoint, open_checkpoint
-from export.measure import Sample, measure
-from export.package_slices import SlicedPackage
-from export.stored_weights import compare_weights
-from export.verify_options import Settings, add_options, settings_of
-from export.verify_page import write_html
-from export.verify_report import Report, print_report, to_json
+from export.verify.bounds import layer_bound, token_bounds, weight_bounds
+from export.verify.measure import Sample, measure
+from export.verify.options import Settings, add_options, settings_of
+from export.verify.package_slices import SlicedPackage
+from export.verify.page import write_html
+from export.verify.report import Report, print_report, to_json
+from export.verify.stored_weights import compare_weights
 from runtime_py.errors import InputError, PackageError
 from runtime_py.native import library_path
 from runtime_py.package import find_model
@@ -244,7 +244,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("verify: interrupted", file=sys.stderr)
         return 130
-
-
-if __name__ == "__main__":
-    sys.exit(main())

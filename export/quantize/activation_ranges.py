@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from export.calibration import CHUNK, CalibrationError
-from export.package_slices import SlicedPackage, Track
+from export.quantize.calibration import CHUNK, CalibrationError
+from export.verify.package_slices import SlicedPackage, Track
 
 CLIPS = ("minmax", "percentile", "mse")
 _PERCENTILE = 99.999  # of the numbers lie between the limits

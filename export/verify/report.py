@@ -9,11 +9,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Column, Table
 
-from export.bounds import Bound
-from export.compare import Error
-from export.measure import Measured
-from export.stored_weights import WeightError
 from export.tensors import layer_of
+from export.verify.bounds import Bound
+from export.verify.compare import Error
+from export.verify.measure import Measured
+from export.verify.stored_weights import WeightError
 
 FORMAT, FORMAT_VERSION = "sambay-verification", 1
 

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from export.calibration import Calibration, CalibrationError, collect, read_text
 from export.checkpoint import Checkpoint
+from export.quantize.calibration import Calibration, CalibrationError, collect, read_text
 from export.tokenizer import write_tokenizer
 from graph_passes.recipe import Recipe, recipe_from_json
 from runtime_py.tokenizer import Tokenizer

@@ -18,11 +18,11 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from export.checkpoint import Checkpoint
-from export.compare import divergence, snr
-from export.costs import FORMAT, FORMAT_VERSION
 from export.model import Flow, Layer
+from export.quantize.costs import FORMAT, FORMAT_VERSION
 from export.reference_run import ReferenceRun, ReferenceTrack
 from export.tensors import EMBEDDING, HEAD
+from export.verify.compare import divergence, snr
 from export.weights import read_weight
 
 # Tokens of variants run at once: a scan of so many takes 0.8 GB at the published width, and so do
@@ -256,7 +256,7 @@ def ranking_table(found: list[Sensitivity]) -> Table:
 
 
 def ranking_json(found: list[Sensitivity], checkpoint: Checkpoint, tokens: int) -> dict[str, Any]:
-    """For other programs, and for ``export.costs``."""
+    """For other programs, and for ``export.quantize.costs``."""
     return {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,

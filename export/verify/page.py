@@ -6,8 +6,8 @@ import math
 from html import escape
 from pathlib import Path
 
-from export import svg
-from export.verify_report import Report, bytes_by_kind, decibels, error_cells
+from export.verify import svg
+from export.verify.report import Report, bytes_by_kind, decibels, error_cells
 
 
 def write_html(report: Report, path: Path) -> None:

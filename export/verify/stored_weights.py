@@ -17,7 +17,7 @@ import numpy as np
 import onnx_ir as ir
 
 from export.checkpoint import Checkpoint, StoredTensor
-from export.compare import snr
+from export.verify.compare import snr
 from export.weights import read_weight
 
 _CHUNK = 1 << 20  # elements decoded at once

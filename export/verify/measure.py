@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from export.checkpoint import Checkpoint
-from export.compare import Error, TokenQuality, error_of
-from export.package_slices import Slice, SlicedPackage, Track
 from export.reference_run import ReferenceRun, ReferenceTrack
 from export.states import layer_states
+from export.verify.compare import Error, TokenQuality, error_of
+from export.verify.package_slices import Slice, SlicedPackage, Track
 
 Stage = Callable[[str], object]  # told what is being measured
 

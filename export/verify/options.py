@@ -18,7 +18,7 @@ class Settings:
         text: a file; None takes the checkpoint's calibration.txt, else the text shipped here.
         tokens: of the text, at most.
         threads: of both models; None takes one for a small model, else what they choose.
-        max_kl, min_top1: instead of the defaults of ``export.bounds``.
+        max_kl, min_top1: instead of the defaults of ``export.verify.bounds``.
         json, html: files to write.
     """
 

@@ -6,9 +6,9 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from export.compare import TokenQuality
-from export.measure import LayerError
-from export.stored_weights import WeightError
+from export.verify.compare import TokenQuality
+from export.verify.measure import LayerError
+from export.verify.stored_weights import WeightError
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,11 @@ import numpy as np
 import onnx_ir as ir
 
 from export.checkpoint import Checkpoint
-from export.costs import Costs
-from export.sensitivity import Sensitivity, matrices, rank, ranking_json
+from export.quantize.costs import Costs
+from export.quantize.sensitivity import Sensitivity, matrices, rank, ranking_json
 from export.tokenizer import write_tokenizer
-from export.verify import read_sample, torch_threads
-from export.verify_options import Settings
+from export.verify.command import read_sample, torch_threads
+from export.verify.options import Settings
 from graph_passes.block_quantization import dequantize, quantize
 from graph_passes.recipe import WeightFormat
 from runtime_py.tokenizer import Tokenizer

@@ -1,0 +1,1 @@
+"""Hold a package against its checkpoint: weights, layers, states and next tokens."""
