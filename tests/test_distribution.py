@@ -24,7 +24,8 @@ def test_the_wheel_holds_the_small_model_and_no_tests(wheel):
     with zipfile.ZipFile(wheel) as archive:
         sizes = {info.filename: info.file_size for info in archive.infolist()}
     stored = sum(size for name, size in sizes.items() if name.startswith("export/reference/"))
-    assert {f"export/reference/{name}" for name in ("README.md", "config.json")} < set(sizes)
+    needed = ("reference/README.md", "reference/config.json", "verify/calibration.txt")
+    assert {f"export/{name}" for name in needed} < set(sizes)
     assert 1_000_000 < sizes["export/reference/model.safetensors"] < 16_000_000
     assert stored < 17_000_000
     assert not [name for name in sizes if name.startswith(("tests/", "benchmarks/", "docs/"))]

@@ -50,6 +50,7 @@ examples:
 Exit status: 0 where every bound holds, 1 where one is exceeded, 2 where nothing can be measured.
 """
 CALIBRATION = "calibration.txt"  # beside a checkpoint's weights: text of the kind it knows
+_REFERENCE = Path(__file__).parents[1] / "reference"  # the small model shipped inside
 _RANDOM_TOKENS = 128
 _WIDE = 512  # below this width a second thread would only be waited for
 
@@ -228,7 +229,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("package", type=Path, metavar="PACKAGE", help="folder phi4export wrote")
     parser.add_argument(
         "--checkpoint",
-        default=Path(__file__).with_name("reference"),
+        default=_REFERENCE,
         metavar="DIR|ID",
         help="what the package was made from; default: the small model shipped inside",
     )

@@ -11,12 +11,15 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from export.checkpoint import open_checkpoint
 from export.cli import REFERENCE
 from export.verify.bounds import LIMITS, token_bounds
-from export.verify.command import main
+from export.verify.command import main, read_sample
 from export.verify.compare import TokenQuality
+from export.verify.options import Settings
 from export.verify.package_slices import SlicedPackage, Track
 from runtime_py.package import find_model
+from runtime_py.tokenizer import Tokenizer
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "C4"
 TEXT = "<|user|>What is 61 * 0?<|end|><|assistant|><think>1*0+0=0c0 6*0+0=0c0</think>"
@@ -94,8 +97,6 @@ def test_quantized_weights_have_the_ratio_of_their_bits(
 
 
 def test_every_weight_of_the_checkpoint_is_compared(verified) -> None:
-    from export.checkpoint import open_checkpoint
-
     _, report, _ = verified("cpu-int4")
     compared = {weight["name"].partition("[")[0] for weight in report["weights"]}
     assert compared == set(open_checkpoint(REFERENCE).tensors)
@@ -163,6 +164,15 @@ def test_without_a_tokenizer_random_tokens_are_measured(export, tmp_path: Path, 
     report = read(tmp_path)
     assert [quality["sample"] for quality in report["next_tokens"]] == ["random tokens"]
     assert "no tokenizer" in capsys.readouterr().out
+
+
+def test_without_options_the_shipped_model_is_the_reference(export) -> None:
+    assert main([str(export(None, "cpu-int8")), "--tokens", "4"]) == 0
+
+
+def test_a_checkpoint_without_a_text_is_measured_on_the_shipped_one() -> None:
+    sample = read_sample(Tokenizer(REFERENCE), open_checkpoint(GOLDEN), Settings(tokens=60))
+    assert sample.ids.shape == (1, 60)
 
 
 def damage(package: Path, folder: Path, weight: str) -> Path:
