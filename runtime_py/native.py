@@ -34,12 +34,13 @@ def library_path(provider: str = CPU) -> Path | None:
 
 @functools.cache
 def tell_if_missing() -> None:
-    """Say on the log, once, that the library was not built."""
+    """Say on the log, once, that the library is missing."""
     if _switched_off() or library_path() is not None:
         return
     logging.getLogger(__name__).warning(
-        "the native operators were not built, so the slower portable ones run; "
-        "install a C++ compiler and install phi4export again to have them"
+        "%s has no native operators, so the slower portable ones run; with a C++ compiler install "
+        "phi4export again, in a clone by pip install -e .",
+        Path(__file__).parent,
     )
 
 

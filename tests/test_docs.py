@@ -82,10 +82,15 @@ def test_examples_run(export, tmp_path, monkeypatch, page, blocks, needs) -> Non
         exec(compile(block, str(page), "exec"), namespace)
 
 
+def quoted_lines(page: Path) -> list[str]:
+    """A page's indented lines."""
+    lines = page.read_text(encoding="utf-8").splitlines()
+    return [line for line in lines if line.startswith("    ")]
+
+
 def commands(page: Path) -> list[tuple[str, tuple[str, ...]]]:
     """Module and arguments of each command of ours that a page quotes."""
-    text = page.read_text(encoding="utf-8")
-    quoted = [line for line in text.splitlines() if line.startswith("    ")]
+    text, quoted = page.read_text(encoding="utf-8"), quoted_lines(page)
     quoted += INLINE.findall(prose(page))
     for language, block in FENCE.findall(text):
         if language.strip() in ("sh", "bash", "console", "powershell"):
@@ -175,6 +180,15 @@ def test_no_path_of_one_machine(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     assert not re.findall(r"(?<![\w.:/])/(?:work|tmp|home|root|usr|opt|mnt|Users)\b", text)
     assert not re.findall(r"\b[A-Z]:\\", text)
+
+
+def test_what_the_readme_installs_and_starts_is_one_copy() -> None:
+    # A Python started in the clone takes the clone's modules, where only -e builds the operators.
+    starts = [line for line in quoted_lines(ROOT / "README.md") if "-m runtime_py" in line]
+    both = [line for line in starts if "pip install" in line]
+    assert len(both) == 2
+    for line in both:
+        assert re.search(r"install -q -e '\.\[export\]'", line), line
 
 
 def test_the_readme_leads_to_every_page() -> None:
