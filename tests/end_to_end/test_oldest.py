@@ -1,8 +1,4 @@
-"""A package exported once runs in the oldest ONNX Runtime that we take, native and portable.
-
-python -m venv old && old/bin/pip install onnxruntime==1.24.4 jinja2 rich tokenizers
-OLDEST_PYTHON=old/bin/python pytest -m oldest
-"""
+"""A package exported once runs in the oldest ONNX Runtime that we take, native and portable."""
 
 import os
 import subprocess
@@ -17,7 +13,7 @@ from runtime_py.native import library_path
 
 pytestmark = pytest.mark.oldest
 ROOT = Path(__file__).parents[2]
-PYTHON = os.environ.get("OLDEST_PYTHON")
+PYTHON = os.environ.get("OLDEST_PYTHON")  # as seen from where pytest was started
 CALLS = (10, 1, 1, 40, 1, 130, 5)  # tokens: a step each, prompts of both kinds, past the window
 # Versions round the inputs of products to 8 bits each in their way, one no worse than the other.
 NO_WORSE, EXACT = 1.3, 1e-4
@@ -53,7 +49,8 @@ def test_the_oldest_runtime_gives_the_logits_of_this_one(
     package = export(None, *options)
     monkeypatch.setenv("SAMBAY_NATIVE", str(int(native)))
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    command = [str(PYTHON), "-c", RUN, str(package), str(tmp_path / "logits.npy")]
+    python = str(Path(str(PYTHON)).absolute())
+    command = [python, "-c", RUN, str(package), str(tmp_path / "logits.npy")]
     done = subprocess.run(
         command, check=True, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True
     )
