@@ -10,6 +10,7 @@ from graph_passes.compute_in_float16 import add_cast, half_tensor
 from graph_passes.infer_types import fill_in_types
 from graph_passes.keep_part import find_parts
 from graph_passes.pipeline import graph_pass
+from graph_passes.quantize_activations import is_integer
 from graph_passes.weight_path import add_initializer
 
 _HALF, _WIDE = ir.DataType.FLOAT16, ir.DataType.FLOAT
@@ -23,14 +24,16 @@ def compute_part_in_float16(model: ir.Model, *, part: str) -> None:
 
     Convolution states become float16. Other states and what other parts give or take keep their
     dtypes: what comes in is narrowed where it is computed, what goes out is widened here. What
-    weights alone give is computed as before, then narrowed.
+    weights alone give is computed as before, then narrowed. Pairs of ``quantize_activations`` and
+    what stands between them stay float32 in form: these numbers are integers.
 
     Args:
         part: one of ``keep_part.PARTS``. List the pass behind inline_operators.
     """
     fill_in_types(model)
     graph = model.graph
-    nodes = [node for node, place in find_parts(model).items() if place == part]
+    here = [node for node, place in find_parts(model).items() if place == part]
+    nodes = [node for node in here if not is_integer(node)]
     inside = set(nodes)
     for value in (*graph.inputs, *graph.outputs):
         if (value.name or "").endswith(".conv_state") and value.dtype == _WIDE:

@@ -7,6 +7,7 @@ from onnx_ir.passes import common
 from onnxscript import optimizer
 
 from graph_passes.pipeline import graph_pass
+from graph_passes.quantize_activations import PAIR
 
 _MOST = 1 << 16  # bytes of a constant: masks and index tables, never a weight
 
@@ -21,6 +22,8 @@ def fold_shapes(model: ir.Model) -> None:
     for node in model.graph:
         if node.op_type == "MatMulNBits":
             _tell_product(node)
+        elif node.op_type in PAIR:
+            _tell_same(node)
     optimizer.fold_constants(
         model, onnx_shape_inference=True, input_size_limit=_MOST, output_size_limit=_MOST
     )
@@ -28,6 +31,13 @@ def fold_shapes(model: ir.Model) -> None:
     common.DeduplicateInitializersPass()(model)
     common.CommonSubexpressionEliminationPass()(model)
     common.RemoveUnusedNodesPass()(model)
+
+
+def _tell_same(node: ir.Node) -> None:
+    """Nor these, in the domain that has them for 16 bits."""
+    x, output = node.inputs[0], node.outputs[0]
+    if x is not None and output.shape is None:
+        output.shape = x.shape
 
 
 def _tell_product(node: ir.Node) -> None:

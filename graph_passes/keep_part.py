@@ -12,6 +12,7 @@ from graph_passes.pipeline import graph_pass
 PARTS = ("tokens", "fixed", "growing")
 _CALL = ("input_ids", "attention_mask")
 _DOMAIN = "ai.sambay"
+_FIRST = ("LayerNormalization", "QuantizeLinear")  # that read the embedding
 
 
 @graph_pass
@@ -72,7 +73,7 @@ def find_parts(model: ir.Model) -> dict[ir.Node, str]:
         sources.discard(None)
         if "growing" in sources:
             places[node] = "growing"
-        elif "fixed" in sources or (sources and node.op_type == "LayerNormalization"):
+        elif "fixed" in sources or (sources and node.op_type in _FIRST):
             places[node] = "fixed"
         elif sources:
             places[node] = "tokens"

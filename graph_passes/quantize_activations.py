@@ -14,18 +14,23 @@ from graph_passes.weight_path import add_initializer
 
 Ranges = Mapping[str, tuple[float, float]]
 
-# Computed in integers, with the inputs that are activations. Everything else is a float island:
-# norms, softmax, exponentials, and the operators of ours, which hold scans and attention.
+RESIDUAL = "residual"  # an Add of two activations; "Add" is that of one and a weight
+
+# Can be computed in integers, with the inputs that are activations. Everything else is a float
+# island: norms, softmax, exponentials, and the operators of ours, which hold scans and attention.
 OPERATORS: Mapping[str, tuple[int, ...]] = {
     "MatMul": (0, 1),
     "MatMulNBits": (0,),
     "Add": (0, 1),
+    RESIDUAL: (0, 1),
     "Sub": (0, 1),
     "Mul": (0, 1),
     "Sigmoid": (0,),
 }
-# These compute nothing: what comes out has the scale of what went in.
+# These compute nothing: what comes out has the scale of what went in, or is the same number.
 MOVERS = frozenset({"Slice", "Split", "Reshape", "Transpose", "Squeeze", "Unsqueeze"})
+PAIR = ("QuantizeLinear", "DequantizeLinear")
+_COPIES = MOVERS | {"Cast", "Concat", "Expand", "Gather", "GatherND"}
 
 DTYPES = (ir.DataType.UINT16, ir.DataType.INT16, ir.DataType.UINT8, ir.DataType.INT8)
 
@@ -40,6 +45,7 @@ def quantize_activations(
     ranges: Ranges,
     dtype: ir.DataType = ir.DataType.UINT16,
     operators: Iterable[str] = tuple(OPERATORS),
+    islands: Iterable[str] | None = None,
     part: str | None = None,
 ) -> None:
     """Put QuantizeLinear and DequantizeLinear behind what integer operators read and write.
@@ -49,8 +55,8 @@ def quantize_activations(
 
     A MatMul by a weight in float stays an island: run ``quantize_matmul_channels`` or
     ``quantize_matmul`` before. List this pass before ``inline_operators``, so that the insides of
-    our operators stay islands, and without ``compute_part_in_float16``, whose scales would be
-    float16: too coarse for 16 bits.
+    our operators stay islands. ``compute_part_in_float16`` may follow: it leaves the pairs and what
+    stands between them alone.
 
     Pairs of 16 bits are of the domain com.microsoft below opset 21, where ONNX has none.
 
@@ -60,15 +66,18 @@ def quantize_activations(
             Constants have their own.
         dtype: one of DTYPES.
         operators: those of OPERATORS that are computed in integers.
+        islands: operators that may compute in floats: so no recipe gets one unseen. None: any.
         part: one of ``keep_part.PARTS``, whose nodes alone are looked at; None looks at all.
 
     Raises:
-        ValueError: another dtype, operator or part, a value without a range, or one whose range is
-            empty or not finite.
+        ValueError: another dtype, operator or part, an island that is not named, a value without a
+            range, or one whose range is empty or not finite.
     """
     if dtype not in DTYPES:
         raise ValueError(f"quantize_activations: dtype is {dtype}, expected one of {DTYPES}")
     found = _Quantized(model, operators, part)
+    if islands is not None:
+        found.check_islands(frozenset(islands))
     pairs = _Pairs(model, dtype)
     # Before names change: what is written in integers passes its name on.
     parameters = {
@@ -99,6 +108,21 @@ def find_quantized(
     return [source.name or "" for source in sources if _constant(source) is None]
 
 
+def is_integer(node: ir.Node) -> bool:
+    """Whether a node is one of a pair, or stands between pairs and is computed in integers."""
+    if node.op_type in PAIR:
+        return True
+    if node.op_type not in OPERATORS and node.op_type not in MOVERS:
+        return False
+    operands = [node.inputs[index] for index in OPERATORS.get(node.op_type, (0,))]
+    readers = [use.node.op_type for output in node.outputs for use in output.uses()]
+    return (
+        all(_is_dequantized(value) for value in operands)
+        and bool(readers)
+        and set(readers) == {"QuantizeLinear"}
+    )
+
+
 class _Quantized:
     """Values that get a pair, each with the value whose range it has."""
 
@@ -123,6 +147,7 @@ class _Quantized:
         places = {} if part is None else find_parts(model)
         self.values: dict[ir.Value, ir.Value] = {}
         self.nodes: set[ir.Node] = set()  # computed in integers
+        self._islands: dict[str, ir.Node] = {}  # by kind, one of each
         moving = set(model.graph.inputs)  # what follows from inputs, not from weights alone
         self._moving, self._any_weight = moving, any_weight
         for node in model.graph:
@@ -130,12 +155,31 @@ class _Quantized:
                 moving.update(node.outputs)
             if places.get(node) != part:
                 continue
-            if node.op_type in chosen and node.domain != "ai.sambay":
+            if self._kind(node) in chosen and node.domain != "ai.sambay":
                 self._take(node)
             elif node.op_type in MOVERS and node.inputs[0] in self.values:
                 self.nodes.add(node)
                 source = self.values[node.inputs[0]]
                 self.values.update(dict.fromkeys(node.outputs, source))
+            if node not in self.nodes and self._computes(node):
+                self._islands.setdefault(self._kind(node), node)
+
+    def check_islands(self, named: frozenset[str]) -> None:
+        for kind, node in self._islands.items():
+            if kind not in named:
+                raise ValueError(
+                    f"quantize_activations: {node.outputs[0].name!r} ({kind}) would be computed in "
+                    f"floats, expected of {', '.join(sorted(named))} only: name it an island, or "
+                    "one of the operators that are computed in integers"
+                )
+
+    def _kind(self, node: ir.Node) -> str:
+        residual = node.op_type == "Add" and all(value in self._moving for value in node.inputs)
+        return RESIDUAL if residual else node.op_type
+
+    def _computes(self, node: ir.Node) -> bool:
+        output = node.outputs[0]
+        return output in self._moving and output.dtype in _FLOATS and node.op_type not in _COPIES
 
     def _take(self, node: ir.Node) -> None:
         operands = [node.inputs[index] for index in OPERATORS[node.op_type]]

@@ -31,7 +31,7 @@ from graph_passes.replace_scatter import replace_scatter
 from graph_passes.set_accuracy_level import set_accuracy_level
 from graph_passes.store_caches_in_float16 import store_caches_in_float16
 from graph_passes.use_native_matmul import use_native_matmul
-from targets.target import CPU, Graph, Target
+from targets.target import CPU, Graph, Integers, Target
 from targets.weights import INT4, INT8
 
 PROVIDER = "QNNExecutionProvider"
@@ -97,6 +97,22 @@ _GRAPHS = (
     ),
 )
 
+# For --activations uint16. The residual stream stays float: its largest numbers stand beside its
+# smallest in one tensor, and one scale for both loses the smallest.
+_INTEGERS = Integers(
+    part="fixed",
+    operators=("MatMulNBits", "Add", "Mul", "Sigmoid"),
+    islands=(
+        "CausalConvWithState",
+        "DifferentialAttention",  # with its softmax, pair norm and lambda
+        "GatedMemoryUnit",
+        "LayerNormalization",
+        "MatMul",  # x_proj and dt_proj, whose weights are float
+        "SelectiveScan",  # with its softplus
+        "residual",
+    ),
+)
+
 W4A16 = Target(
     name="qnn-npu-w4a16",
     summary="4-bit weights, 8-bit where it matters most, 16-bit float activations",
@@ -105,6 +121,7 @@ W4A16 = Target(
     passes=(*_BEGIN, *INT4),
     session_options=_OPTIONS,
     graphs=_GRAPHS,
+    integers=_INTEGERS,
 )
 
 W8A16 = Target(
@@ -115,6 +132,7 @@ W8A16 = Target(
     passes=(*_BEGIN, *INT8),
     session_options=_OPTIONS,
     graphs=_GRAPHS,
+    integers=_INTEGERS,
 )
 
 TARGETS = (W4A16, W8A16)

@@ -30,6 +30,21 @@ class Graph:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Integers:
+    """What a target computes in integers where that is asked for.
+
+    Attributes:
+        part: of the graph, one of ``graph_passes.keep_part.PARTS``.
+        operators: in integers, see ``graph_passes.quantize_activations``.
+        islands: all others of that part, which stay floats.
+    """
+
+    part: str
+    operators: tuple[str, ...]
+    islands: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Target:
     """One value of ``phi4export --target``.
 
@@ -42,6 +57,7 @@ class Target:
         max_context: most tokens in one session; None when only memory limits it.
         session_options: what ONNX Runtime GenAI opens the model with, as genai_config.json has it.
         graphs: where the package holds several; none: the one that the passes make.
+        integers: what ``--activations`` can make integers; None: nothing.
     """
 
     name: str
@@ -52,6 +68,7 @@ class Target:
     max_context: int | None = None
     session_options: Mapping[str, Any] = field(default_factory=lambda: {"provider_options": []})
     graphs: tuple[Graph, ...] = ()
+    integers: Integers | None = None
 
     @property
     def native(self) -> bool:

@@ -7,7 +7,8 @@ them: 0.4 % wide bins over all floats, half a megabyte a value, however long the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,8 +19,81 @@ from export.quantize.calibration import CHUNK, CalibrationError
 from export.verify.package_slices import SlicedPackage, Track
 
 CLIPS = ("minmax", "percentile", "mse")
+_FEWEST, _MOST = 128, 4 * CHUNK  # tokens; more moves no limit that counts
 _PERCENTILE = 99.999  # of the numbers lie between the limits
 _STEPS = 64  # limits tried on each side for the least squared error
+
+
+class ActivationRanges(Mapping[str, tuple[float, float]]):
+    """Least and largest number of every value, by name."""
+
+    def __init__(
+        self, limits: Mapping[str, tuple[float, float]], *, clip: str, tokens: int
+    ) -> None:
+        self._limits, self._clip, self._tokens = dict(limits), clip, tokens
+
+    def __getitem__(self, name: str) -> tuple[float, float]:
+        """Limits of a value."""
+        return self._limits[name]
+
+    def __iter__(self) -> Iterator[str]:
+        """Names of values."""
+        return iter(self._limits)
+
+    def __len__(self) -> int:
+        """Count of values."""
+        return len(self._limits)
+
+    def __repr__(self) -> str:
+        """Short: it is printed into manifests."""
+        digest = hashlib.sha256(repr(sorted(self._limits.items())).encode()).hexdigest()[:12]
+        return (
+            f"ActivationRanges(values={len(self)}, clip={self._clip!r}, tokens={self._tokens}, "
+            f"digest={digest!r})"
+        )
+
+
+def measure_ranges(
+    model: ir.Model,
+    ids: Sequence[int],
+    names: Iterable[str],
+    *,
+    clip: str = "mse",
+    bits: int = 16,
+    library: Path | None = None,
+    progress: Callable[[int], object] | None = None,
+) -> ActivationRanges:
+    """Limits of a graph's values on some 4000 tokens of a text, taken from all over it.
+
+    Args:
+        model: as traced.
+        ids: tokens of the text.
+        names: of the values.
+        clip: one of CLIPS.
+        bits: that numbers will be rounded to.
+        library: see ``collect_ranges``.
+        progress: see ``collect_ranges``.
+
+    Raises:
+        CalibrationError: too few tokens, or another clip.
+        SliceError: ONNX Runtime refuses a part of the graph.
+    """
+    if len(ids) < _FEWEST:
+        raise CalibrationError(
+            f"the calibration text has {len(ids)} tokens, expected {_FEWEST} or more: "
+            "a few thousand are a good number"
+        )
+    read = _spread(ids)
+    found = collect_ranges(model, read, names, library=library, progress=progress)
+    return ActivationRanges(choose_ranges(found, clip=clip, bits=bits), clip=clip, tokens=len(read))
+
+
+def _spread(ids: Sequence[int]) -> list[int]:
+    """Pieces of ``CHUNK`` tokens at equal distances."""
+    if len(ids) <= _MOST:
+        return list(ids)
+    starts = np.linspace(0, len(ids) - CHUNK, _MOST // CHUNK).astype(int)
+    return [token for start in starts for token in ids[start : start + CHUNK]]
 
 
 def collect_ranges(
