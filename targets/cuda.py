@@ -14,6 +14,7 @@ from graph_passes.compute_in_float16 import compute_in_float16
 from graph_passes.lower_opset import lower_opset
 from graph_passes.pipeline import Pass
 from graph_passes.replace_scan_loop import replace_scan_loop
+from graph_passes.send_sizes_to_device import send_sizes_to_device
 from graph_passes.store_caches_in_float16 import store_caches_in_float16
 from targets.target import Target
 from targets.weights import INT4 as INT4_WEIGHTS
@@ -28,7 +29,11 @@ _BEGIN: tuple[Pass, ...] = (
 )
 
 # 18: the provider's kernels of ReduceMax, ReduceMin and Pad are of that version.
-_END: tuple[Pass, ...] = (compute_in_float16, partial(lower_opset, version=18))
+_END: tuple[Pass, ...] = (
+    compute_in_float16,
+    partial(lower_opset, version=18),
+    send_sizes_to_device,
+)
 
 _OPTIONS = {
     "provider_options": [{"cuda": {"enable_cuda_graph": "0"}}],

@@ -58,8 +58,9 @@ By `python -m benchmarks.targets DIR --folder PACKAGES`; machine, versions and d
 - DirectML compiles a graph for every shape it meets. Feed one row, calls of 1 and of
   `sambay.max_tokens` tokens, and caches of a few sizes; tell the session with
   `AddFreeDimensionOverrideByName` ("tokens", "total", "window", "capacity").
-- CUDA: every node of the step has a kernel on the device and no shape depends on a value, as
-  capturing a graph needs; `enable_cuda_graph` is "0" until it was tried on a device.
+- CUDA: every node has a kernel on the device, no shape depends on a value and nothing crosses
+  between processor and device in mid-graph, as [capturing a CUDA graph](engines.md#cuda) needs;
+  `python -m targets.lint PACKAGE` tells. `enable_cuda_graph` is "0" until it was tried on a device.
   `ep.cuda.fpa_intb_gemm` turns the fast 4-bit kernels on.
 - `qnn-npu-*` packages hold five graphs that share one file of weights. Layers 0..M and the keys and
   values of layer M+1 run on the NPU, prompts in calls of 64 tokens, all in float16: the processor

@@ -2,7 +2,8 @@
 
     python -m targets.lint PACKAGE --provider directml
 
-Of a package of several graphs each is checked for the provider that runs it.
+Of a package of several graphs each is checked for the provider that runs it. For CUDA it is told as
+well whether calls can be captured as a CUDA graph.
 
 A node without a kernel would run on the CPU, with its tensors copied there and back, or fail. What
 a provider has stands in kernels.json, with its source.
@@ -22,14 +23,15 @@ import onnx_ir as ir
 
 from graph_passes.infer_types import infer_types
 from graph_passes.inline_operators import inline_operators
+from targets.capture import find_hindrances
 from targets.destination import MANIFEST
 from targets.graphs import MODEL
-from targets.target import CPU
+from targets.target import CPU, CUDA
 
 KERNELS = Path(__file__).with_name("kernels.json")
 PROVIDERS = {
     "cpu": CPU,
-    "cuda": "CUDAExecutionProvider",
+    "cuda": CUDA,
     "directml": "DmlExecutionProvider",
     "openvino": "OpenVINOExecutionProvider",
     "qnn": "QNNExecutionProvider",
@@ -53,18 +55,44 @@ def lint(model: ir.Model, provider: str) -> list[str]:
     """
     table = _table(provider)
     model = infer_types(inline_operators(model))
-    problems, constant = [], set()
-    for node in model.graph:
+    problems = []
+    for node in _computed_in_a_call(model.graph):
+        name = node.name or node.outputs[0].name
+        told = _fault(node, table, model.opset_imports)
+        problems += [f"{name} ({node.op_type}): {fault}" for fault in told]
+    return problems
+
+
+def why_not_captured(model: ir.Model, *, native: bool) -> list[str]:
+    """What keeps ONNX Runtime from capturing a model's calls as a CUDA graph; empty: nothing.
+
+    Args:
+        model: as it stands in a package.
+        native: whether kernels run its operators, or their bodies are in their place.
+
+    Returns:
+        One line each, which begins with a node's name.
+    """
+    table = _table(CUDA)
+    model = infer_types(model if native else inline_operators(model))
+    nodes = _computed_in_a_call(model.graph)
+    ours = {node for node in nodes if node.domain == "ai.sambay"}
+    without = {n for n in nodes if n not in ours and _fault(n, table, model.opset_imports)}
+    return find_hindrances(nodes, kernels=table["operators"], without=without)
+
+
+def _computed_in_a_call(graph: ir.Graph) -> list[ir.Node]:
+    """All nodes but those that compute from weights alone."""
+    nodes, constant = [], set()
+    for node in graph:
         sources = [value for value in node.inputs if value is not None]
         if node.op_type == "Constant" or (
             sources and all(v.is_initializer() or v.producer() in constant for v in sources)
         ):
             constant.add(node)
-            continue
-        name = node.name or node.outputs[0].name
-        told = _fault(node, table, model.opset_imports)
-        problems += [f"{name} ({node.op_type}): {fault}" for fault in told]
-    return problems
+        else:
+            nodes.append(node)
+    return nodes
 
 
 def count_nodes(model: ir.Model) -> int:
@@ -181,8 +209,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(problem)
         verdict = f"{len(problems)} nodes have no kernel" if problems else "every node has a kernel"
         print(f"{path}: {verdict} of {checked}")
+        if checked == CUDA:
+            _print_capture(path, model)
         status = 1 if problems else status
     return status
+
+
+def _print_capture(path: Path, model: ir.Model) -> None:
+    for native, operators in ((True, "native operators"), (False, "their bodies")):
+        told = why_not_captured(model, native=native)
+        for line in told:
+            print(line)
+        verdict = f"{len(told)} hindrances" if told else "calls can be captured as a CUDA graph"
+        print(f"{path}: with {operators}, {verdict}")
 
 
 def find_graphs(package: Path, provider: str | None = None) -> list[Path]:

@@ -26,6 +26,7 @@ from graph_passes.quantize_embedding import quantize_embedding
 from graph_passes.replace_integer_clip import replace_integer_clip
 from graph_passes.replace_scan_loop import replace_scan_loop
 from graph_passes.replace_scatter import replace_scatter
+from graph_passes.send_sizes_to_device import send_sizes_to_device
 from graph_passes.unpack_embedding import unpack_embedding
 
 DTYPES = {torch.float32: ir.DataType.FLOAT, torch.int64: ir.DataType.INT64}
@@ -70,6 +71,8 @@ def operators(model: ir.Model) -> set[str]:
         (differential_attention.OP, replace_scatter),
         (differential_attention.OP, partial(run_passes, passes=(inline_operators, narrow_mod))),
         (differential_attention.OP, partial(lower_opset, version=18)),
+        (differential_attention.OP, send_sizes_to_device),
+        (append_key_value.OP, send_sizes_to_device),
     ],
     ids=lambda value: getattr(value, "name", None) or describe_pass(value),
 )
@@ -269,3 +272,53 @@ def test_windows_travel_behind_the_convolution_before_them() -> None:
 def test_windows_that_cannot_travel_so_are_named(model: ir.Model, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         pack_window_caches(model)
+
+
+SIZES = """
+<ir_version: 10, opset_import: ["" : 18]>
+g (float[n,m] x, int64[n] i) => (float[n,m] y, int64[n] r, float[n,m] c, int64[k] o)
+{
+    one = Constant <value_ints = [1]> ()
+    both = Shape (x)
+    columns = Gather (both, one)
+    wide = Cast <to = 1> (columns)
+    scale = Sqrt (wide)
+    y = Div (x, scale)
+    rows_1 = Shape <start = 0, end = 1> (x)
+    rows = Squeeze (rows_1)
+    less = Sub (rows, rows)
+    r = Mod (i, rows)
+    flat = Concat <axis = 0> (rows_1, columns)
+    z = Expand (x, flat)
+    low = Cast <to = 1> (less)
+    c = Clip (z, low)
+    first = Constant <value_int = 0> ()
+    step = Constant <value_int = 1> ()
+    o = Range (first, rows, step)
+}
+"""
+
+
+def test_sizes_reach_the_device_by_range_and_shapes_stay_on_the_host() -> None:
+    model = ir.from_onnx_text(SIZES)
+    result = send_sizes_to_device(model)
+    made = {node.outputs[0].name: node for node in result.graph}
+    for name, operator in {"wide": "Range", "r": "Squeeze", "low": "Squeeze"}.items():
+        assert made[name].inputs[-1].producer().op_type == operator
+    assert made["flat"].inputs[0].name == "rows_1"
+    assert made["o"].inputs[1].name == "rows"
+    x, i = np.random.default_rng(0).standard_normal((3, 5), np.float32), np.arange(3) + 7
+    expected, actual = (
+        onnxruntime.InferenceSession(ir.to_proto(each).SerializeToString()).run(
+            None, {"x": x, "i": i}
+        )
+        for each in (model, result)
+    )
+    for got, wanted in zip(actual, expected, strict=True):
+        np.testing.assert_array_equal(got, wanted)
+
+
+def test_several_sizes_in_one_tensor_are_not_sent() -> None:
+    text = SIZES.replace("wide = Cast <to = 1> (columns)", "wide = Cast <to = 1> (both)")
+    with pytest.raises(ValueError, match="Cast computes with 'both', which holds several"):
+        send_sizes_to_device(ir.from_onnx_text(text))

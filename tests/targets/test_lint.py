@@ -14,7 +14,7 @@ from export.trace import trace
 from graph_passes.pipeline import run_passes
 from targets import TARGETS, find_target
 from targets.graphs import make_graphs
-from targets.lint import KERNELS, PROVIDERS, lint, main
+from targets.lint import KERNELS, PROVIDERS, lint, main, why_not_captured
 from targets.package import write_package
 from targets.target import CPU, Target
 
@@ -123,6 +123,44 @@ def test_what_has_a_kernel_is_not_told(provider: str, node: Callable[[], ir.Node
     assert lint(model_of(node()), provider) == []
 
 
+@pytest.mark.parametrize("native", [True, False], ids=["native", "bodies"])
+@pytest.mark.parametrize("name", ["cuda-fp16", "cuda-int4"])
+def test_calls_of_a_cuda_package_can_be_captured(whole: ir.Model, name: str, native: bool) -> None:
+    *passes, last = find_target(name).passes
+    model = run_passes(whole, passes)
+    assert len(why_not_captured(model, native=native)) == (2 if native else 7)
+    assert why_not_captured(last(model), native=native) == []
+
+
+# As ONNX Runtime's CUDA provider has them, in sessions that are to capture.
+HINDRANCES = [
+    ("a = Abs (x) y = Mul (a, x)", None),
+    ("s = Shape (x) t = Mul (s, s) y = Expand (x, t)", None),
+    ("s = Shape (x) t = Mul (s, i) a = Abs (x) y = Expand (a, t)", None),
+    ("s = Shape (x) f = Cast <to = 1> (s) a = Abs (x) y = Mul (a, f)", "f is copied to the device"),
+    ("t = Mul (i, i) y = Expand (x, t)", "t is copied to the host"),
+    ("f = Cast <to = 1> (i) a = Expand (x, i) y = Mul (a, f)", "takes i on the host, others do"),
+    ("a = Abs (x) y = Det (a)", "a is copied to the host"),
+    ("a = Det (x) c = Abs (x) y = Mul (a, c)", "a is copied to the device"),
+    (
+        "y = If (b) <then_branch = t () => (float[n,m] u) { u = Abs (x) },"
+        " else_branch = e () => (float[n,m] v) { v = Exp (x) }>",
+        "control flow",
+    ),
+]
+
+
+@pytest.mark.parametrize(("nodes", "hindrance"), HINDRANCES)
+def test_what_keeps_calls_from_being_captured_is_told(nodes: str, hindrance: str | None) -> None:
+    model = ir.from_onnx_text(
+        '<ir_version: 10, opset_import: ["" : 18]>'
+        f"g (float[n,m] x, int64[2] i, bool b) => (float y) {{ {nodes} }}"
+    )
+    model.graph.outputs[0].shape = None
+    told = "; ".join(why_not_captured(model, native=True))
+    assert told == "" if hindrance is None else hindrance in told
+
+
 def test_the_table_says_where_it_comes_from_and_has_every_type_it_names() -> None:
     tables = json.loads(KERNELS.read_text(encoding="utf-8"))
     assert {*tables, CPU} == set(PROVIDERS.values())
@@ -144,5 +182,7 @@ def test_the_command_tells_faults_and_status(
     assert "every node has a kernel of WebGpuExecutionProvider" in capsys.readouterr().out
     assert main([str(package), "--provider", "directml"]) == 1
     assert "nodes have no kernel of DmlExecutionProvider" in capsys.readouterr().out
+    assert main([str(package), "--provider", "cuda"]) == 1
+    assert "with their bodies, 19 hindrances" in capsys.readouterr().out
     assert main([str(tmp_path / "nothing")]) == 2
     assert "cannot be read" in capsys.readouterr().err
