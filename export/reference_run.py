@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -18,57 +17,59 @@ from export.weights import load_layer, read_weight
 _HEAD_ROWS = 8192  # of the head in memory at once: 84 MB in float32 at a width of 2560
 
 
-@dataclass
-class ReferenceTrack:
-    """One text on its way through the layers.
-
-    Attributes:
-        flow: as the latest layer left it, rows of one text.
-        states: present pairs of the layers so far, for layers 0 .. M+1.
-    """
-
-    flow: Flow
-    states: list[tuple[Tensor, ...]]
-
-
 class ReferenceRun:
     """Layers of a checkpoint, loaded when they are asked for."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint, self.config = checkpoint, checkpoint.config
 
-    def begin(self, ids: np.ndarray) -> ReferenceTrack:
+    def begin(self, ids: np.ndarray) -> Flow:
         """Look a text's tokens up; ids [1, tokens] int64."""
         wanted, places = np.unique(ids, return_inverse=True)
         table = self.checkpoint.tensors[EMBEDDING]
         rows = [read_weight(table.rows(token, token + 1)) for token in wanted.tolist()]
         renumbered = torch.from_numpy(places.reshape(ids.shape))
         mask = torch.ones(ids.shape, dtype=torch.int64)
-        return ReferenceTrack(begin_flow(renumbered, mask, torch.cat(rows)), [])
+        return begin_flow(renumbered, mask, torch.cat(rows))
 
     def load(self, index: int) -> Layer:
         """One layer, float32."""
         return load_layer(self.checkpoint, index)
 
-    @torch.no_grad()
-    def run(self, index: int, layer: Layer, track: ReferenceTrack) -> None:
-        """Move a track through a layer, every token."""
-        present = layer(track.flow, self.initial_state(index, track), keep_all=True)
-        if present:
-            track.states.append(present)
+    def run(self, index: int, layer: Layer, flow: Flow) -> tuple[Tensor, ...]:
+        """Move a flow through a layer, every token.
 
-    def initial_state(self, index: int, track: ReferenceTrack) -> tuple[Tensor, ...]:
-        """Zero state of a layer for the rows of a track; () for the layers after M+1."""
+        Returns:
+            The layer's state after the last token, a pair; () for the layers after M+1.
+        """
+        return self._run(index, layer, flow, self.config.sliding_window)
+
+    def advance(self, index: int, layer: Layer, flow: Flow) -> None:
+        """The same where nobody wants the state.
+
+        A call sees its own tokens beside the ring, so the ring has one slot instead of a window of
+        empty ones to pass over.
+        """
+        self._run(index, layer, flow, window=1)
+
+    @torch.no_grad()
+    def _run(self, index: int, layer: Layer, flow: Flow, window: int) -> tuple[Tensor, ...]:
+        present = layer(flow, self._initial_state(index, flow, window), keep_all=True)
+        if index < self.config.memory_layer:
+            flow.memory = None  # another is written before one is read
+        return present
+
+    def _initial_state(self, index: int, flow: Flow, window: int) -> tuple[Tensor, ...]:
         config = self.config
         if index > config.shared_layer:
             return ()
-        rows, tokens = track.flow.hidden.shape[:2]
+        rows, tokens = flow.hidden.shape[:2]
         if config.layer_kind(index) == "mamba":
             return (
                 torch.zeros(rows, config.d_inner, config.d_conv - 1),
                 torch.zeros(rows, config.d_inner, config.d_state),
             )
-        slots = tokens if index == config.shared_layer else config.sliding_window
+        slots = tokens if index == config.shared_layer else window
         shape = (rows, config.num_key_value_heads, slots, config.head_size)
         return torch.zeros(shape), torch.zeros(shape)
 

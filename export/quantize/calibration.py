@@ -26,7 +26,7 @@ from torch.overrides import TorchFunctionMode
 
 from export.checkpoint import Checkpoint
 from export.model import Flow, Layer
-from export.reference_run import ReferenceRun, ReferenceTrack
+from export.reference_run import ReferenceRun
 from export.tensors import EMBEDDING, HEAD
 from export.weights import read_weight
 
@@ -154,39 +154,38 @@ class _Collection:
         layers = self._reference.config.num_hidden_layers
         progress(self._done)
         if self._done < layers:
-            tracks = self._tracks()
+            flows = self._flows()
             for index in range(self._done, layers):
-                self._collect_layer(index, tracks)
+                self._collect_layer(index, flows)
                 if index + 1 < layers:
-                    _save_flows(self._folder / _FLOWS, tracks)
+                    _save_flows(self._folder / _FLOWS, flows)
                 else:
-                    self._collect_head(tracks)
+                    self._collect_head(flows)
                 self._done = index + 1
                 self._write_index()
                 progress(1)
         (self._folder / _FLOWS).unlink(missing_ok=True)
         return Calibration(self._folder, self._names, tokens=len(self._ids), digest=self._digest)
 
-    def _collect_layer(self, index: int, tracks: list[ReferenceTrack]) -> None:
+    def _collect_layer(self, index: int, flows: list[Flow]) -> None:
         layer = self._reference.load(index)
         names = _weight_names(layer)
         with torch.no_grad(), _Recorder(names) as recorder:
-            for track in tracks:
-                self._reference.run(index, layer, track)
-                track.states.clear()
+            for flow in flows:
+                self._reference.advance(index, layer, flow)
         for name, moments in recorder.moments.items():
             self._keep(f"model.layers.{index}.{name}", moments)
 
-    def _collect_head(self, tracks: list[ReferenceTrack]) -> None:
+    def _collect_head(self, flows: list[Flow]) -> None:
         checkpoint, config = self._reference.checkpoint, self._reference.config
         scale, shift = (
             read_weight(checkpoint.tensors[f"model.final_layernorm.{part}"])
             for part in ("weight", "bias")
         )
         moments = torch.zeros(config.hidden_size, config.hidden_size)
-        for track in tracks:
+        for flow in flows:
             normed = functional.layer_norm(
-                track.flow.hidden[0], scale.shape, scale, shift, config.layer_norm_eps
+                flow.hidden[0], scale.shape, scale, shift, config.layer_norm_eps
             )
             moments.addmm_(normed.T, normed)
         self._keep(EMBEDDING if checkpoint.tied_head else HEAD, moments)
@@ -197,7 +196,7 @@ class _Collection:
             np.save(file, moments.numpy())
         self._names.append(name)
 
-    def _tracks(self) -> list[ReferenceTrack]:
+    def _flows(self) -> list[Flow]:
         if self._done:
             return _load_flows(self._folder / _FLOWS)
         starts = range(0, len(self._ids), CHUNK)
@@ -273,19 +272,19 @@ def _moments_path(folder: Path, name: str) -> Path:
     return folder / f"{name}.npy"
 
 
-def _save_flows(path: Path, tracks: list[ReferenceTrack]) -> None:
+def _save_flows(path: Path, flows: list[Flow]) -> None:
     with _replacing(path) as partial:
-        torch.save([vars(track.flow) for track in tracks], partial)
+        torch.save([vars(flow) for flow in flows], partial)
 
 
-def _load_flows(path: Path) -> list[ReferenceTrack]:
+def _load_flows(path: Path) -> list[Flow]:
     try:
         flows = torch.load(path, weights_only=True)
     except Exception as error:  # torch and pickle raise what they like
         raise CalibrationError(
             f"{path} cannot be read ({error}): delete its folder and start anew"
         ) from error
-    return [ReferenceTrack(Flow(**flow), []) for flow in flows]
+    return [Flow(**flow) for flow in flows]
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ import onnx_ir as ir
 
 from export.checkpoint import Checkpoint
 from export.quantize.costs import Costs
-from export.quantize.sensitivity import Sensitivity, matrices, rank, ranking_json
+from export.quantize.sensitivity import Sensitivity, rank, ranking_json, work
 from export.tokenizer import write_tokenizer
 from export.verify.command import read_sample, torch_threads
 from export.verify.options import Settings
@@ -36,7 +36,7 @@ def measure_sensitivity(
     """Rank every matrix of a checkpoint, and write the JSON where the settings say so.
 
     Args:
-        progress: given what is done and its number of steps; told 1 for each.
+        progress: given what is done and how much it is in all; told what of it was done.
 
     Raises:
         ValueError: the checkpoint has no tokenizer, or the text cannot be used.
@@ -55,11 +55,12 @@ def measure_sensitivity(
         assert bits == form.bits
         return dequantize(quantize(weight, form))
 
-    advance = progress("quantizing one weight after the other", 2 * len(matrices(checkpoint)))
+    tokens = sample.ids.shape[1]
+    advance = progress("quantizing one weight after the other", work(checkpoint, tokens))
     with torch_threads(settings.threads, checkpoint):
-        found = rank(checkpoint, sample.ids, round_trip, bits=BITS, progress=lambda _: advance(1))
+        found = rank(checkpoint, sample.ids, round_trip, bits=BITS, progress=advance)
     if settings.json is not None:
-        contents = ranking_json(found, checkpoint, sample.ids.shape[1])
+        contents = ranking_json(found, checkpoint, tokens)
         settings.json.write_text(json.dumps(contents, indent=2) + "\n", encoding="utf-8")
     return found
 

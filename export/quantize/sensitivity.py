@@ -7,6 +7,8 @@ size takes one layer and the rows' hidden states, and no layer is read twice.
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import groupby
@@ -20,17 +22,17 @@ from torch import Tensor, nn
 from export.checkpoint import Checkpoint
 from export.model import Flow, Layer
 from export.quantize.costs import FORMAT, FORMAT_VERSION
-from export.reference_run import ReferenceRun, ReferenceTrack
-from export.tensors import EMBEDDING, HEAD
+from export.reference_run import ReferenceRun
+from export.tensors import EMBEDDING, HEAD, layer_of
 from export.verify.compare import divergence, snr
 from export.weights import read_weight
 
-# Tokens of variants run at once: a scan of so many takes 0.8 GB at the published width, and so do
-# their logits and those they are compared with.
-_TOKENS = 512
+_TOKENS = 512  # of variants run at once: their logits take 0.4 GB at the published vocabulary
 _HEAD_SAMPLE = 4096  # rows of a head that its ratio is taken from
+_CHUNK = 1 << 18  # elements of a weight quantized at once: they stay in a processor's cache
 
-# A matrix [rows, columns] float32 as it is after it was stored in some bits and read back.
+# Rows of a matrix, [rows, columns] float32, as they are after they were stored in some bits and read
+# back.
 RoundTrip = Callable[[np.ndarray, int], np.ndarray]
 
 
@@ -69,14 +71,14 @@ def rank(
     round_trip: RoundTrip,
     *,
     bits: int,
-    progress: Callable[[str], object],
+    progress: Callable[[int], object],
 ) -> list[Sensitivity]:
     """Quantize every matrix alone, most sensitive first.
 
     Args:
         ids: [1, tokens] int64 of the text to measure on.
         bits: to quantize to.
-        progress: told the name of each weight when it is quantized, and when it is measured.
+        progress: told the multiply-adds done since it was last called, ``work`` in all.
     """
     run = _Ranking(ReferenceRun(checkpoint), round_trip, bits, progress)
     found = run.measure(ids)
@@ -92,16 +94,30 @@ def matrices(checkpoint: Checkpoint) -> list[str]:
     ]
 
 
+def work(checkpoint: Checkpoint, tokens: int) -> int:
+    """Multiply-adds of a ranking, which are nearly all of its time."""
+    config = checkpoint.config
+    names = [layer_of(name) for name in matrices(checkpoint)]
+    total, rows = 0, 2  # the model as it is, and with its embedding changed
+    for index, size in enumerate(_layer_sizes(checkpoint)):
+        rows += names.count(index)
+        total += size * rows
+    if not checkpoint.tied_head:
+        rows += 1
+    return tokens * (total + config.vocab_size * config.hidden_size * rows)
+
+
 class _Ranking:
     def __init__(
         self,
         reference: ReferenceRun,
         round_trip: RoundTrip,
         bits: int,
-        progress: Callable[[str], object],
+        progress: Callable[[int], object],
     ) -> None:
         self._reference, self._round_trip = reference, round_trip
         self._bits, self._progress = bits, progress
+        self._sizes = _layer_sizes(reference.checkpoint)
 
     @torch.no_grad()
     def measure(self, ids: np.ndarray) -> list[Sensitivity]:
@@ -110,32 +126,30 @@ class _Ranking:
         variants = [self._embedding(ids)]
         for index in range(reference.config.num_hidden_layers):
             layer = reference.load(index)
-            begun = [self._changed(index, layer, name, clean.flow) for name in _matrices(layer)]
+            begun = [self._changed(index, layer, name, clean) for name in _matrices(layer)]
             for group in _groups(variants):
-                self._advance(index, layer, group)
-            reference.run(index, layer, clean)
-            clean.states.clear()
+                batch = _stack([variant.flow for variant in group])
+                self._advance(index, layer, batch)
+                for row, variant in enumerate(group):
+                    variant.flow = _row(batch, row)
+            self._advance(index, layer, clean)
             variants += begun
         if not reference.checkpoint.tied_head:
-            variants.append(self._head(clean.flow))
-        return list(self._losses(clean.flow.hidden, variants))
+            variants.append(self._head(clean))
+        return list(self._losses(clean.hidden, variants))
 
     def _embedding(self, ids: np.ndarray) -> _Variant:
         """The embedding's rows changed; the head tied to it is changed when it is measured."""
-        track = self._reference.begin(ids)
-        rows = track.flow.hidden[0].numpy()
-        stored = self._round_trip(rows, self._bits)
-        track.flow.hidden = torch.from_numpy(stored)[None]
-        self._progress(EMBEDDING)
+        flow = self._reference.begin(ids)
+        stored, ratio = self._stored(flow.hidden[0])
+        flow.hidden = stored[None]
         shape = self._reference.checkpoint.tensors[EMBEDDING].shape
-        return _Variant(EMBEDDING, shape, _ratio(rows, stored), track.flow)
+        return _Variant(EMBEDDING, shape, ratio, flow)
 
     def _head(self, clean: Flow) -> _Variant:
         """A head of its own, changed when it is measured; some rows tell its ratio."""
         tensor = self._reference.checkpoint.tensors[HEAD]
-        rows = read_weight(tensor.rows(0, min(_HEAD_SAMPLE, tensor.shape[0]))).numpy()
-        ratio = _ratio(rows, self._round_trip(rows, self._bits))
-        self._progress(HEAD)
+        _, ratio = self._stored(read_weight(tensor.rows(0, min(_HEAD_SAMPLE, tensor.shape[0]))))
         return _Variant(HEAD, tensor.shape, ratio, clean)
 
     def _changed(self, index: int, layer: Layer, name: str, clean: Flow) -> _Variant:
@@ -143,31 +157,35 @@ class _Ranking:
         owner = layer.get_submodule(name.rpartition(".")[0])
         original = owner.weight
         assert isinstance(original, nn.Parameter)
-        stored = self._round_trip(original.numpy(), self._bits)
-        variant = _Variant(
-            f"model.layers.{index}.{name}",
-            tuple(original.shape),
-            _ratio(original.numpy(), stored),
-            _copy(clean),
-        )
-        owner.weight = nn.Parameter(torch.from_numpy(stored), requires_grad=False)
-        self._advance(index, layer, [variant])
+        stored, ratio = self._stored(original)
+        flow = dataclasses.replace(clean)
+        owner.weight = nn.Parameter(stored, requires_grad=False)
+        self._advance(index, layer, flow)
         owner.weight = original
-        self._progress(variant.name)
-        return variant
+        return _Variant(f"model.layers.{index}.{name}", tuple(original.shape), ratio, flow)
 
-    def _advance(self, index: int, layer: Layer, variants: list[_Variant]) -> None:
-        """Move variants through a layer, as one batch."""
-        batch = _stack([variant.flow for variant in variants])
-        track = ReferenceTrack(batch, [])
-        self._reference.run(index, layer, track)
-        if index < self._reference.config.memory_layer:
-            batch.memory = None  # another is written before one is read
-        for row, variant in enumerate(variants):
-            variant.flow = _row(batch, row)
+    def _stored(self, weight: Tensor) -> tuple[Tensor, float]:
+        """A matrix stored and read back, and its ratio (dB); some rows at a time."""
+        stored = torch.empty_like(weight)
+        energy = noise = 0.0
+        step = max(1, _CHUNK // weight.shape[1])
+        for start in range(0, len(weight), step):
+            rows = slice(start, start + step)
+            original = weight[rows].numpy()
+            found = self._round_trip(original, self._bits)
+            stored[rows] = torch.from_numpy(found)
+            difference = found - original
+            energy += float(np.einsum("ij,ij->", original, original))
+            noise += float(np.einsum("ij,ij->", difference, difference))
+        return stored, snr(energy, noise)
+
+    def _advance(self, index: int, layer: Layer, flow: Flow) -> None:
+        self._reference.advance(index, layer, flow)
+        rows, tokens = flow.hidden.shape[:2]
+        self._progress(self._sizes[index] * rows * tokens)
 
     def _losses(self, clean: Tensor, variants: list[_Variant]) -> Iterator[Sensitivity]:
-        wanted = self._reference.logits(clean[0]).numpy()
+        wanted = self._logits(clean, None)[0]
         own = EMBEDDING if self._reference.checkpoint.tied_head else HEAD  # the head's weight
         for group in _groups(variants):
             for changed, part in groupby(group, lambda each: each.name == own):
@@ -183,15 +201,28 @@ class _Ranking:
     ) -> Iterator[Sensitivity]:
         """What variants have lost at the end, whose head is changed or not."""
         hidden = torch.cat([variant.flow.hidden for variant in variants])
-        logits = self._reference.logits(hidden, change).numpy()
-        for variant, row, found in zip(variants, hidden, logits, strict=True):
+        lost = divergence(wanted, self._logits(hidden, change)).mean(-1).tolist()
+        for variant, row, kl in zip(variants, hidden, lost, strict=True):
             error = float((row - clean[0]).norm() / clean.norm())
-            kl = float(divergence(wanted, found).mean())
-            self._progress(variant.name)
             yield Sensitivity(variant.name, variant.shape, self._bits, variant.snr_db, kl, error)
 
+    def _logits(self, hidden: Tensor, change: Callable[[Tensor], Tensor] | None) -> np.ndarray:
+        logits = self._reference.logits(hidden, change).numpy()
+        self._progress(logits.size * hidden.shape[-1])
+        return logits
+
     def _head_rows(self, rows: Tensor) -> Tensor:
-        return torch.from_numpy(self._round_trip(rows.numpy(), self._bits))
+        return self._stored(rows)[0]
+
+
+def _layer_sizes(checkpoint: Checkpoint) -> list[int]:
+    """Elements of every layer's matrices: multiply-adds for each token."""
+    sizes = [0] * checkpoint.config.num_hidden_layers
+    for name in matrices(checkpoint):
+        index = layer_of(name)
+        if index is not None:
+            sizes[index] += math.prod(checkpoint.tensors[name].shape)
+    return sizes
 
 
 def _matrices(layer: Layer) -> list[str]:
@@ -202,20 +233,11 @@ def _matrices(layer: Layer) -> list[str]:
     ]
 
 
-def _ratio(original: np.ndarray, stored: np.ndarray) -> float:
-    noise = np.square(stored - original, dtype=np.float64).sum()
-    return snr(float(np.square(original, dtype=np.float64).sum()), float(noise))
-
-
 def _groups(variants: list[_Variant]) -> Iterator[list[_Variant]]:
     """Variants that are run at once."""
     rows = max(1, _TOKENS // variants[0].flow.hidden.shape[1])
     for start in range(0, len(variants), rows):
         yield variants[start : start + rows]
-
-
-def _copy(flow: Flow) -> Flow:
-    return _stack([flow])
 
 
 def _stack(flows: list[Flow]) -> Flow:
@@ -233,12 +255,12 @@ def _stack(flows: list[Flow]) -> Flow:
 def _row(flow: Flow, row: int) -> Flow:
     at = slice(row, row + 1)
     return Flow(
-        flow.hidden[at].clone(),
+        flow.hidden[at],
         flow.positions[at],
         flow.past_lengths[at],
         flow.lengths[at],
-        None if flow.memory is None else flow.memory[at].clone(),
-        tuple(each[at].clone() for each in flow.shared),
+        None if flow.memory is None else flow.memory[at],
+        tuple(each[at] for each in flow.shared),
     )
 
 

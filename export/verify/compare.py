@@ -55,14 +55,32 @@ def snr(energy: float, noise: float) -> float:
 
 
 def divergence(reference: np.ndarray, logits: np.ndarray) -> np.ndarray:
-    """KL divergence of softmax(logits) from softmax(reference), [rows] float64 in nats."""
-    found = np.empty(len(reference))
+    """KL divergence of softmax(logits) from softmax(reference), float64 in nats.
+
+    Args:
+        reference: [rows, vocab].
+        logits: [..., rows, vocab], any number of models.
+
+    Returns:
+        [..., rows].
+    """
+    found = np.empty(logits.shape[:-1])
     for start in range(0, len(reference), _ROWS):
         rows = slice(start, start + _ROWS)
-        wanted, given = log_softmax(reference[rows]), log_softmax(logits[rows])
-        nats = (np.exp(wanted) * (wanted - given)).sum(-1)
-        found[rows] = np.where(np.isnan(nats), np.inf, np.maximum(nats, 0))  # below 0: rounding
+        wanted = log_softmax(reference[rows])
+        probabilities = np.exp(wanted)
+        entropies = _dot(probabilities, wanted)
+        for model in np.ndindex(logits.shape[:-2]):
+            given = log_softmax(logits[*model, rows])
+            nats = entropies - _dot(probabilities, given)
+            # Below zero is rounding.
+            found[*model, rows] = np.where(np.isnan(nats), np.inf, np.maximum(nats, 0))
     return found
+
+
+def _dot(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Inner products of rows."""
+    return np.einsum("ij,ij->i", first, second)
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:

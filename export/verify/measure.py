@@ -10,9 +10,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+from torch import Tensor
 
 from export.checkpoint import Checkpoint
-from export.reference_run import ReferenceRun, ReferenceTrack
+from export.model import Flow
+from export.reference_run import ReferenceRun
 from export.states import layer_states
 from export.verify.compare import Error, TokenQuality, error_of
 from export.verify.package_slices import Slice, SlicedPackage, Track
@@ -72,7 +74,7 @@ class _Run:
     """A sample on its way: through the reference, the package, and layer by layer."""
 
     sample: Sample
-    reference: ReferenceTrack
+    reference: Flow
     package: Track
     alone: Track
 
@@ -118,11 +120,11 @@ def _run_layer(
 ) -> None:
     session, layer = package.open(part), reference.load(part.layer)
     for run in runs:
-        run.alone.stream = run.reference.flow.hidden.numpy().astype(_dtype(run.package))
-        reference.run(part.layer, layer, run.reference)
+        run.alone.stream = run.reference.hidden.numpy().astype(_dtype(run.package))
+        states = reference.run(part.layer, layer, run.reference)
         package.run(part, session, run.package)
         package.run(part, session, run.alone)
-        wanted = run.reference.flow.hidden.numpy()
+        wanted = run.reference.hidden.numpy()
         measured.layers.append(
             LayerError(
                 sample=run.sample.name,
@@ -132,15 +134,16 @@ def _run_layer(
                 own=error_of(wanted, _stream(run.alone)),
             )
         )
-        measured.states.extend(_state_errors(reference, part, run))
+        measured.states.extend(_state_errors(reference, part, states, run))
 
 
-def _state_errors(reference: ReferenceRun, part: Slice, run: _Run) -> list[StateError]:
-    if part.layer > reference.config.shared_layer:
+def _state_errors(
+    reference: ReferenceRun, part: Slice, states: tuple[Tensor, ...], run: _Run
+) -> list[StateError]:
+    if not states:
         return []
     found = []
-    pair = run.reference.states[part.layer]
-    for state, wanted in zip(layer_states(reference.config, part.layer), pair, strict=True):
+    for state, wanted in zip(layer_states(reference.config, part.layer), states, strict=True):
         given = run.package.states.get(state.present)
         scale = run.package.states.get(f"{state.present}_scale")
         if given is not None and scale is not None:  # a cache of 8 bits
@@ -158,7 +161,7 @@ def _next_tokens(
     ids = run.sample.ids[0]
     for start, logits in package.logits(session, _stream(run.package)):
         stop = start + len(logits)
-        wanted = reference.logits(run.reference.flow.hidden[0, start:stop]).numpy()
+        wanted = reference.logits(run.reference.hidden[0, start:stop]).numpy()
         quality.add(wanted, logits, ids[start + 1 : stop + 1].tolist())
     return quality
 

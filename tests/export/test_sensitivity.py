@@ -12,7 +12,7 @@ from export.checkpoint import Checkpoint, open_checkpoint
 from export.cli import REFERENCE
 from export.cli import main as phi4export
 from export.quantize.costs import read_costs
-from export.quantize.sensitivity import Sensitivity, matrices, rank
+from export.quantize.sensitivity import Sensitivity, matrices, rank, work
 from export.verify.compare import divergence
 from export.weights import load_weights
 from graph_passes.block_quantization import dequantize, quantize
@@ -52,8 +52,15 @@ def round_trip(weight: np.ndarray, bits: int) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def ranking(checkpoint: Checkpoint) -> list[Sensitivity]:
-    return rank(checkpoint, IDS, round_trip, bits=4, progress=lambda _: None)
+def told() -> list[int]:
+    """What a ranking told as its progress."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def ranking(checkpoint: Checkpoint, told: list[int]) -> list[Sensitivity]:
+    told.clear()
+    return rank(checkpoint, IDS, round_trip, bits=4, progress=told.append)
 
 
 def test_every_matrix_is_ranked_once(checkpoint: Checkpoint, ranking) -> None:
@@ -63,6 +70,11 @@ def test_every_matrix_is_ranked_once(checkpoint: Checkpoint, ranking) -> None:
         assert each.shape == checkpoint.tensors[each.name].shape
         assert each.kl > 0
         assert 15 < each.snr_db < 30
+
+
+def test_progress_tells_of_all_the_work(checkpoint: Checkpoint, ranking, told) -> None:
+    assert min(told) > 0
+    assert sum(told) == work(checkpoint, IDS.shape[1])
 
 
 def test_the_divergence_is_that_of_the_whole_model_with_one_weight_changed(
