@@ -7,6 +7,7 @@
 namespace sambay::SAMBAY_ISA {
 
 constexpr int kBytes = 4 * kWidth;
+constexpr int kLine = 64;                             // bytes of a cache line
 constexpr int kPrefetch = 1024, kPrefetchFar = 8192;  // bytes ahead
 constexpr int kLargestInput = 127;  // -128 has no counterpart, which some products below would need
 
@@ -15,6 +16,15 @@ inline void prefetch(const void* p) {
   _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0);
 #elif defined(__GNUC__)
   __builtin_prefetch(p);
+#endif
+}
+// The compiler moves no access to memory over this: requests stay apart as they are written. In bursts they wait
+// for one another, and so does whatever comes after them.
+inline void keep_order() {
+#if defined(__GNUC__)
+  asm volatile("" ::: "memory");
+#elif defined(_MSC_VER)
+  _ReadWriteBarrier();
 #endif
 }
 // Into the second cache: by the time it is needed, the first would have dropped it.
@@ -52,16 +62,12 @@ inline Bytes repeat_four(const void* p) {
   return {_mm512_set1_epi32(four)};
 }
 
-// Lane i: numbers[i / 4].
-inline Vec repeat_by_four(const float* numbers) {
-  const __m512i each = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
-  return {_mm512_permutevar_ps(_mm512_broadcast_f32x4(_mm_loadu_ps(numbers)), each)};
-}
-// Lane i: numbers[(part * kWidth + i) / 8].
-inline Vec repeat_by_eight(const float* numbers, int part) {
-  const __m512i first = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
-  const __m512i each = _mm512_add_epi32(first, _mm512_set1_epi32(2 * part));
-  return {_mm512_permutevar_ps(_mm512_broadcast_f32x4(_mm_loadu_ps(numbers)), each)};
+// Lane i: numbers[first + i / each]; each is 2, 4 or 8.
+inline Vec spread(Vec numbers, int first, int each) {
+  const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const int shift = each == 2 ? 1 : each == 4 ? 2 : 3;
+  const __m512i from = _mm512_add_epi32(_mm512_srli_epi32(lane, static_cast<unsigned>(shift)), _mm512_set1_epi32(first));
+  return {_mm512_permutexvar_ps(from, numbers.v)};
 }
 
 // Lane i of out[j] is the j-th of the four 4-byte numbers at rows[i].
@@ -111,10 +117,12 @@ inline Bytes repeat_four(const void* p) {
   std::memcpy(&four, p, sizeof four);
   return {_mm256_set1_epi32(four)};
 }
-inline Vec repeat_by_four(const float* numbers) {
-  return {_mm256_set_m128(_mm_set1_ps(numbers[1]), _mm_set1_ps(numbers[0]))};
+inline Vec spread(Vec numbers, int first, int each) {
+  const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  const int shift = each == 2 ? 1 : each == 4 ? 2 : 3;
+  const __m256i from = _mm256_add_epi32(_mm256_srli_epi32(lane, shift), _mm256_set1_epi32(first));
+  return {_mm256_permutevar8x32_ps(numbers.v, from)};
 }
-inline Vec repeat_by_eight(const float* numbers, int part) { return {_mm256_set1_ps(numbers[part])}; }
 
 inline void turn_fours(const uint8_t* const* rows, Bytes* out) {
   __m256i part[4];
@@ -156,6 +164,14 @@ inline Bytes repeat_four(const void* p) {
   uint32_t four;
   std::memcpy(&four, p, sizeof four);
   return {vreinterpretq_u8_u32(vdupq_n_u32(four))};
+}
+
+inline Vec spread(Vec numbers, int first, int each) {
+  const uint32_t pairs[4] = {0, 0, 1, 1};
+  const uint32x4_t lane = each == 2 ? vld1q_u32(pairs) : vdupq_n_u32(0);
+  const uint32x4_t from = vaddq_u32(lane, vdupq_n_u32(static_cast<uint32_t>(first)));
+  const uint32x4_t bytes = vmlaq_n_u32(vdupq_n_u32(0x03020100), from, 0x04040404);
+  return {vreinterpretq_f32_u8(vqtbl1q_u8(vreinterpretq_u8_f32(numbers.v), vreinterpretq_u8_u32(bytes)))};
 }
 
 #else
@@ -200,10 +216,11 @@ inline Bytes repeat_four(const void* p) {
   return a;
 }
 
-#endif
+inline Vec spread(Vec numbers, int first, int each_of) {
+  return each([&](int i) { return numbers.v[first + i / each_of]; });
+}
 
-inline Vec repeat_by_four(const float* numbers) { return set(numbers[0]); }
-inline Vec repeat_by_eight(const float* numbers, int) { return set(numbers[0]); }
+#endif
 
 inline void turn_fours(const uint8_t* const* rows, Bytes* out) {
   for (int j = 0; j < 4; ++j) {

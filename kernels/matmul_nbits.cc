@@ -21,40 +21,30 @@ inline int64_t round_up(int64_t count, int64_t group) { return (count + group - 
 // Blocks of kQuantBlock in a row of weights.
 inline int64_t row_blocks(const MatMulNBits& op) { return round_up(op.inputs, op.block_size) / kQuantBlock; }
 
-template <int kEach>
-inline void repeat_each(float* numbers, int64_t count) {
-  for (int64_t i = count - 1; i >= 0; --i) {
-    const float number = numbers[i];
-    for (int j = 0; j < kEach; ++j) numbers[i * kEach + j] = number;
-  }
+// Scales of kWidth blocks of kQuantBlock, or of `count` < kWidth, as they are stored from place `first` on, each
+// for `each` blocks. One that is not stored is 0.
+template <class Scale>
+inline Vec scales_of(const Scale* stored, int64_t first, int64_t count, int each) {
+  if (each == 1) return load_some(stored + first, count);
+  return spread(load(stored + first, (count + each - 1) / each), 0, each);
 }
 
 // Scales of `count` blocks of kQuantBlock in a row, from block `first` on; both are multiples of what a larger
 // block holds. `room` has space for them, and is used unless the weight has them just so.
 inline const float* read_scales(const MatMulNBits& op, int64_t row, int64_t first, int64_t count, float* room) {
-  const int64_t each = op.block_size / kQuantBlock;
-  const int64_t start = (row * row_blocks(op) + first) / each, stored = count / each;
-  const auto read = [&](auto* from) {
-    for (int64_t i = 0; i < stored; i += kWidth) {
-      prefetch(from + i + kPrefetch / 2);
-      const int64_t left = stored - i < kWidth ? stored - i : kWidth;
-      store_some(room + i, load_some(from + i, left), left);
-    }
+  const int each = static_cast<int>(op.block_size / kQuantBlock);
+  const int64_t start = (row * row_blocks(op) + first) / each;
+  const auto read = [&](const auto* stored) {
+    prefetch(stored + start + count / each);
+    for_vectors(count, [&](int64_t b, int64_t some) {
+      store_some(room + b, scales_of(stored, start + b / each, some, each), some);
+    });
   };
-  if (op.scales && each == 1) {
-    for (int64_t i = 0; i < count; i += kWidth) prefetch(op.scales + start + i + kPrefetch / 4);
-    return op.scales + start;
-  }
+  if (op.scales && each == 1) return op.scales + start;
   if (op.scales) {
-    read(op.scales + start);
+    read(op.scales);
   } else {
-    read(op.half_scales + start);
-  }
-  switch (each) {
-    case 2: repeat_each<2>(room, stored); break;
-    case 4: repeat_each<4>(room, stored); break;
-    case 8: repeat_each<8>(room, stored); break;
-    default: break;
+    read(op.half_scales);
   }
   return room;
 }
@@ -174,13 +164,20 @@ struct OneToken {
   Scratch<float> centres;  // [blocks]: what a block's stored values have too much, times its inputs
 };
 
-// Adds one group of blocks to the sum of a row. `factors`: of each block.
+// Adds group g of blocks to the sum of a row. `factors` are those of the kWidth blocks that it stands among, as
+// group `place` of them.
 template <int kBits>
-inline Vec add_group(const OneToken<kBits>& x, int64_t g, const uint8_t* weight, const float* factors, Vec total) {
-  constexpr int kParts = kBits / 4;
+inline Vec add_group(const OneToken<kBits>& x, int64_t g, const uint8_t* weight, Vec factors, int place, Vec total) {
+  constexpr int kParts = kBits / 4, kEach = kBits == 4 ? 4 : 8;  // lanes that hold a part of one block's sum
   const int8_t *const high = x.high + g * 2 * kBytes, *const low = x.low + g * 2 * kBytes;
   for (int part = 0; part < kParts; ++part) {
-    const Bytes stored = load_bytes(weight + part * kBytes);
+    const uint8_t* const here = weight + part * kBytes;
+    keep_order();
+    if ((place * kParts + part) * kBytes % kLine == 0) {
+      prefetch_far(here + kPrefetchFar);
+      prefetch(here + kPrefetch);
+    }
+    const Bytes stored = load_bytes(here);
     const auto dot = [&](Ints sum, const int8_t* inputs) {
       if (kBits == 8) return add_products<kBits>(sum, stored, load_bytes(inputs + part * kBytes));
       sum = add_products<kBits>(sum, low_halves(stored), load_bytes(inputs));
@@ -192,44 +189,39 @@ inline Vec add_group(const OneToken<kBits>& x, int64_t g, const uint8_t* weight,
     } else {
       sum = sum + whole_sum<kBits>(dot(set_ints(0), low));
     }
-    const Vec factor = kBits == 4 ? repeat_by_four(factors) : repeat_by_eight(factors, part);
-    total = fma(to_floats(sum), factor, total);
+    total = fma(to_floats(sum), spread(factors, place * kGroup + part * kWidth / kEach, kEach), total);
   }
   return total;
 }
 
-// Output n. `room`: for a row of scales, of whole vectors.
+// Output n.
 //
 // A row at a time, so that weights are read in one stream: as many lines are on their way as a core has room
 // for only if each is asked for long before its turn, first for the second cache, then for the first.
-template <int kBits>
-float dot_row(const MatMulNBits& op, const OneToken<kBits>& x, int64_t n, float* room) {
-  constexpr int64_t kBlockBytes = kQuantBlock * kBits / 8, kGroupBytes = kGroup * kBlockBytes, kLine = 64;
-  const int64_t blocks = row_blocks(op), whole = blocks / kGroup, rest = blocks % kGroup;
-  const float* const scales = read_scales(op, n, 0, blocks, room);
-  Vec centre = set(0.0f);
+template <int kBits, class Scale>
+float dot_row(const MatMulNBits& op, const Scale* stored_scales, const OneToken<kBits>& x, int64_t n) {
+  constexpr int64_t kBlockBytes = kQuantBlock * kBits / 8, kGroupBytes = kGroup * kBlockBytes;
+  constexpr int64_t kScalesAhead = kPrefetch / static_cast<int64_t>(sizeof(Scale));
+  const int64_t blocks = row_blocks(op);
+  const int each = static_cast<int>(op.block_size / kQuantBlock);
+  const Scale* const scales = stored_scales + n * blocks / each;
+  const uint8_t* weight = op.weight + n * blocks * kBlockBytes;
+  Vec centre = set(0.0f), total = set(0.0f);
   for (int64_t b = 0; b < blocks; b += kWidth) {
     const int64_t left = blocks - b < kWidth ? blocks - b : kWidth;
-    const Vec factor = load_some(scales + b, left) * load(x.scales.data() + b);
-    store(room + b, factor);
-    centre = fma(factor, load(x.centres.data() + b), centre);
-  }
-  const uint8_t* weight = op.weight + n * blocks * kBlockBytes;
-  Vec total = set(0.0f);
-  for (int64_t g = 0; g < whole; ++g) {
-    if (g * kGroupBytes % kLine == 0) {
-      for (int64_t line = 0; line < kGroupBytes; line += kLine) {
-        prefetch_far(weight + line + kPrefetchFar);
-        prefetch(weight + line + kPrefetch);
-      }
+    prefetch(scales + b / each + kScalesAhead);
+    const Vec factors = scales_of(scales, b / each, left, each) * load(x.scales.data() + b);
+    centre = fma(factors, load(x.centres.data() + b), centre);
+    const int whole = static_cast<int>(left / kGroup);
+    for (int place = 0; place < whole; ++place) {
+      total = add_group(x, b / kGroup + place, weight, factors, place, total);
+      weight += kGroupBytes;
     }
-    total = add_group<kBits>(x, g, weight, room + g * kGroup, total);
-    weight += kGroupBytes;
-  }
-  if (rest) {
-    uint8_t last[kGroupBytes] = {};
-    std::memcpy(last, weight, static_cast<size_t>(rest * kBlockBytes));
-    total = add_group<kBits>(x, whole, last, room + whole * kGroup, total);
+    if (left % kGroup) {
+      uint8_t last[kGroupBytes] = {};
+      std::memcpy(last, weight, static_cast<size_t>(left % kGroup * kBlockBytes));
+      total = add_group(x, b / kGroup + whole, last, factors, whole, total);
+    }
   }
   return sum(total + centre);
 }
@@ -241,8 +233,9 @@ void one_token(const MatMulNBits& op, const Pool& pool) {
   const int64_t rows = 1 + kTaskBytes / row_bytes;
   pool((op.outputs + rows - 1) / rows, [&](int64_t task) {
     const int64_t end = (task + 1) * rows < op.outputs ? (task + 1) * rows : op.outputs;
-    const Scratch<float> room(round_up(row_blocks(op), kWidth));
-    for (int64_t n = task * rows; n < end; ++n) op.y[n] = dot_row(op, x, n, room.data());
+    for (int64_t n = task * rows; n < end; ++n) {
+      op.y[n] = op.scales ? dot_row(op, op.scales, x, n) : dot_row(op, op.half_scales, x, n);
+    }
   });
 }
 

@@ -19,6 +19,9 @@
 #define SAMBAY_ARM 1
 #include <arm_neon.h>
 #endif
+#if defined(_MSC_VER)
+#include <intrin.h>
+#endif
 
 // SAMBAY_TARGET(text): the rest of the file may use these instructions. MSVC needs no permission.
 #define SAMBAY_PRAGMA(text) _Pragma(#text)

@@ -26,6 +26,9 @@ inline Vec load(const float* p, int64_t count) { return {_mm512_maskz_loadu_ps(l
 inline Vec load(const Half* p) {
   return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
 }
+inline Vec load(const Half* p, int64_t count) {
+  return {_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(lanes(count), p))};
+}
 inline void store(float* p, Vec a) { _mm512_storeu_ps(p, a.v); }
 inline void store(float* p, Vec a, int64_t count) { _mm512_mask_storeu_ps(p, lanes(count), a.v); }
 inline void store(Half* p, Vec a) {
@@ -90,6 +93,12 @@ inline Vec load(const float* p) { return {_mm256_loadu_ps(p)}; }
 inline Vec load(const float* p, int64_t count) { return {_mm256_maskload_ps(p, lanes(count))}; }
 inline Vec load(const Half* p) {
   return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+}
+inline Vec load(const Half* p, int64_t count) {  // in registers: a copy through memory would be waited for
+  uint64_t low = 0, high = 0;
+  for (int64_t i = count - 1; i >= 4; --i) high = high << 16 | p[i].bits;
+  for (int64_t i = (count < 4 ? count : 4) - 1; i >= 0; --i) low = low << 16 | p[i].bits;
+  return {_mm256_cvtph_ps(_mm_set_epi64x(static_cast<int64_t>(high), static_cast<int64_t>(low)))};
 }
 inline void store(float* p, Vec a) { _mm256_storeu_ps(p, a.v); }
 inline void store(float* p, Vec a, int64_t count) { _mm256_maskstore_ps(p, lanes(count), a.v); }
