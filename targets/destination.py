@@ -123,13 +123,13 @@ def _check_existing(destination: Path, *, force: bool) -> None:
         return
     if not destination.is_dir():
         raise DestinationError(f"{destination} is a file, expected a folder to write or no file")
-    if not force:
-        raise DestinationError(f"{destination} exists already: pass --force to replace it")
     if any(destination.iterdir()) and not _is_package(destination):
         raise DestinationError(
-            f"{destination} is no package of this program ({MANIFEST} does not say so): "
-            "it is not replaced; choose another folder"
+            f"{destination} holds files and is no package of this program ({MANIFEST} does not say "
+            "so): it is not replaced; choose another folder"
         )
+    if not force:
+        raise DestinationError(f"{destination} exists already: pass --force to replace it")
 
 
 def _is_package(folder: Path) -> bool:

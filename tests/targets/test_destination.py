@@ -67,16 +67,20 @@ def test_an_existing_package_needs_force(tmp_path: Path) -> None:
     assert (tmp_path / "package" / "content").read_text() == "old"
 
 
+@pytest.mark.parametrize("force", [False, True])
 @pytest.mark.parametrize("manifest", [None, "{}", "[1]", "no json", '{"format": "web app"}'])
-def test_force_never_replaces_a_stranger_s_folder(tmp_path: Path, manifest: str | None) -> None:
+def test_a_stranger_s_folder_is_never_replaced_nor_is_force_advised(
+    tmp_path: Path, manifest: str | None, force: bool
+) -> None:
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "one").write_text("kept")
     if manifest is not None:
         (tmp_path / "photos" / "manifest.json").write_text(manifest)
     before = names(tmp_path / "photos")
     for attempt in (check_destination, write):
-        with pytest.raises(DestinationError, match="no package"):
-            attempt(tmp_path / "photos", force=True)
+        with pytest.raises(DestinationError, match="no package") as refused:
+            attempt(tmp_path / "photos", force=force)
+        assert "--force" not in str(refused.value)
     assert names(tmp_path / "photos") == before
 
 
