@@ -6,6 +6,8 @@ import argparse
 import contextlib
 import importlib.metadata
 import os
+import shlex
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -24,6 +26,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from export.console import stdout_console
 from export.interrupts import hold_interrupts, interrupt_on_termination, keep_interrupts
 from export.verify.options import (
     RANKED_TOKENS,
@@ -39,7 +42,6 @@ if TYPE_CHECKING:
     from targets.target import Target
 
 REFERENCE = Path(__file__).parent / "reference"
-_WIDEST = 10_000  # columns
 
 EXAMPLES = """\
 examples:
@@ -151,7 +153,20 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--recipe", type=Path, metavar="FILE", help="JSON: bits, blocks, quantizer by weight"
     )
     parser.add_argument(
-        "--calibration", type=Path, metavar="FILE", help="UTF-8 text for gptq, some 50 KB"
+        "--activations",
+        choices=("float16", "uint16"),
+        help="what an NPU computes linear layers and gates in; default: float16",
+    )
+    parser.add_argument(
+        "--ranges",
+        choices=("minmax", "percentile", "mse"),
+        help="of uint16: all a text gives, 99.999 %% of it, or least squared error (default: mse)",
+    )
+    parser.add_argument(
+        "--calibration",
+        type=Path,
+        metavar="FILE",
+        help="UTF-8 text for gptq and uint16, some 50 KB",
     )
     parser.add_argument(
         "--calibration-cache",
@@ -221,19 +236,8 @@ def _rank(options: argparse.Namespace, console: Console) -> None:
 
 
 def _print(result: RenderableType) -> None:
-    """Write to stdout; into a file or a pipe in whole lines, however long."""
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = _WIDEST
-        console.width = console.measure(result).maximum
-    try:
+    with stdout_console() as console:
         console.print(result)
-    except SystemExit:
-        return  # so rich leaves when the reader of a pipe has; that is no fault
-    except OSError as error:
-        # What is still buffered goes nowhere, so that the exit does not complain again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise OSError(f"cannot write to stdout: {error.strerror}") from error
 
 
 def _source(options: argparse.Namespace) -> str | Path:
@@ -277,7 +281,9 @@ def _export(options: argparse.Namespace, console: Console) -> int:
         f"wrote [bold]{shown}[/bold] for {target.name}: {size / 1e6:,.1f} MB in "
         f"{time.perf_counter() - begin:.0f} s, {_peak_memory()}"
     )
-    console.print(f"talk with it: python -m runtime_py.chat {shown}")
+    if (package / "tokenizer.json").is_file():
+        quote = subprocess.list2cmdline if os.name == "nt" else shlex.join
+        console.print(f"talk with it: python -m runtime_py.chat {escape(quote([str(package)]))}")
     if not options.verify:
         return 0
     from export.verify.command import deliver, verify
@@ -287,16 +293,16 @@ def _export(options: argparse.Namespace, console: Console) -> int:
 
 def _quantization(options: argparse.Namespace) -> Quantization | None:
     """What is told about quantization, if anything."""
-    told = (options.recipe, options.quantizer, options.calibration, options.calibration_cache)
-    if not any(told):
+    names = ("recipe", "quantizer", "calibration", "calibration_cache", "activations", "ranges")
+    told = {name: getattr(options, name) for name in names}
+    if not any(told.values()):
         return None
     if options.recipe is not None and options.size_budget is not None:
         raise ValueError("--recipe and --size-budget both choose the bits of weights: give one")
     with hold_interrupts():  # torch
         from export.quantize.options import Quantization
 
-    recipe, quantizer, calibration, folder = told
-    return Quantization(recipe=recipe, quantizer=quantizer, calibration=calibration, folder=folder)
+    return Quantization(folder=told.pop("calibration_cache"), **told)
 
 
 def _budget(options: argparse.Namespace) -> tuple[int, Costs | None] | None:
@@ -343,7 +349,7 @@ def _write(
             )
         stage("tracing the graph")
         with hold_interrupts():  # torch
-            from export.quantize.options import quantized_as_told
+            from export.quantize.options import quantized_as_told, with_activations_as_told
             from export.trace import trace
 
         told = _quantization(options)
@@ -361,7 +367,9 @@ def _write(
                 model, target, size, checkpoint=checkpoint, library=library, costs=costs
             )
         stage(f"shaping it for {target.name}")
-        model = run_passes(model, target.passes)
+        traced, model = model, run_passes(model, target.passes)
+        if told is not None:
+            target = with_activations_as_told(target, told, checkpoint, traced, model, stage)
 
         def add_tokenizer(folder: Path) -> None:
             note = write_tokenizer(checkpoint.folder, folder)

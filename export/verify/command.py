@@ -24,6 +24,7 @@ import torch
 from rich.console import Console
 
 from export.checkpoint import Checkpoint, open_checkpoint
+from export.console import stdout_console
 from export.verify.bounds import layer_bound, token_bounds, weight_bounds
 from export.verify.measure import Sample, measure
 from export.verify.options import Settings, add_options, settings_of
@@ -33,7 +34,7 @@ from export.verify.report import Report, print_report, to_json
 from export.verify.stored_weights import compare_weights
 from runtime_py.errors import InputError, PackageError
 from runtime_py.native import library_path
-from runtime_py.package import find_model
+from runtime_py.package import MANIFEST, find_model
 from runtime_py.peak_memory import peak_bytes
 from runtime_py.tokenizer import Tokenizer
 
@@ -73,6 +74,11 @@ def verify(path: Path, source: str | Path, settings: Settings, console: Console)
     """
     begin = time.perf_counter()
     file = find_model(path)
+    if file.name == MANIFEST:
+        raise VerifyError(
+            f"{path} has several graphs, and only a package of one can be verified: export the "
+            "checkpoint for a cpu target"
+        )
     checkpoint = open_checkpoint(source)
     threads = settings.threads or _threads_for(checkpoint)
     package = SlicedPackage(file, library=library_path(), threads=threads)
@@ -197,11 +203,12 @@ def _changed_files(package: Path, stage: Any) -> list[str]:
 
 def deliver(report: Report, settings: Settings) -> int:
     """Show and write a report; returns the exit status."""
-    print_report(report, Console())
     if settings.json is not None:
         settings.json.write_text(json.dumps(to_json(report), indent=2) + "\n", encoding="utf-8")
     if settings.html is not None:
         write_html(report, settings.html)
+    with stdout_console() as console:
+        print_report(report, console)
     for failure in report.failures:
         print(f"verify: {failure}", file=sys.stderr)
     return 1 if report.failures else 0

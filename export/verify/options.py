@@ -87,6 +87,8 @@ def settings_of(options: argparse.Namespace, *, tokens: int = TOKENS) -> Setting
     for name, file in (("json", options.json), ("html", options.html)):
         if file is not None and not file.absolute().parent.is_dir():
             raise ValueError(f"--{name} {file}: there is no folder {file.absolute().parent}")
+        if file is not None and file.is_dir():
+            raise ValueError(f"--{name} {file} is a folder, expected a file to write")
     return Settings(
         text=options.text,
         tokens=tokens if options.tokens is None else options.tokens,

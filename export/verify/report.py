@@ -136,7 +136,7 @@ def print_report(report: Report, console: Console) -> None:
 def _print_layers(report: Report, console: Console) -> None:
     """Signal-to-noise ratios after each layer, and of the layer alone."""
     samples = list(report.measured.tokens)
-    titles = _right(*(f"{name}\n{what}" for name in samples for what in ("dB", "alone")))
+    titles = _right(*(title for name in samples for title in (f"{name}\ndB", "\nalone")))
     table = Table("layer", "kind", *titles, box=None)
     rows: dict[int, list[str]] = {}
     for each in report.measured.layers:

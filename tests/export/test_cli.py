@@ -1,5 +1,6 @@
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -58,11 +59,15 @@ def test_a_missing_extra_is_named_with_its_command(tmp_path: Path, module: str) 
     assert not list(tmp_path.iterdir())
 
 
-def test_auto_exports_for_the_provider_that_is_installed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_auto_exports_for_the_provider_that_is_installed_and_tells_how_to_talk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     there = ["DmlExecutionProvider", "CPUExecutionProvider"]
     monkeypatch.setattr("onnxruntime.get_available_providers", lambda: there)
-    assert phi4export(["--target", "auto", "-o", str(tmp_path / "package")]) == 0
-    manifest = json.loads((tmp_path / "package/manifest.json").read_text(encoding="utf-8"))
+    package = tmp_path / "mon modèle [π]"
+    assert phi4export(["--target", "auto", "-o", str(package)]) == 0
+    manifest = json.loads((package / "manifest.json").read_text(encoding="utf-8"))
     assert manifest["target"] == "directml-int4"
+    told = capsys.readouterr().err.partition("talk with it: ")[2]
+    if os.name != "nt":
+        assert shlex.split(told) == ["python", "-m", "runtime_py.chat", str(package)]

@@ -166,8 +166,11 @@ def test_without_a_tokenizer_random_tokens_are_measured(export, tmp_path: Path, 
     assert "no tokenizer" in capsys.readouterr().out
 
 
-def test_without_options_the_shipped_model_is_the_reference(export) -> None:
+def test_without_options_the_shipped_model_is_the_reference(export, capsys) -> None:
     assert main([str(export(None, "cpu-int8")), "--tokens", "4"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"  model\.layers\.\d\.[a-z_.0-9]+weight(\[\d+:\d+])? *$", out, re.MULTILINE)
+    assert "…" not in out, "a pipe gets whole lines"
 
 
 def test_a_checkpoint_without_a_text_is_measured_on_the_shipped_one() -> None:
@@ -265,6 +268,7 @@ BAD_INPUT = {
     "one token": (["--text", "short.txt"], "expected 2 or more"),
     "no tokens": (["--tokens", "0"], "--tokens is 0, expected 2 or more"),
     "no threads": (["--threads", "0"], "--threads is 0, expected 1 or more"),
+    "a folder for figures": (["--json", "."], "--json . is a folder, expected a file"),
     "a share above one": (["--min-top1", "99"], "expected a share between 0 and 1"),
 }
 
@@ -293,6 +297,15 @@ def test_options_that_are_not_known_are_refused_in_one_line(capsys) -> None:
         main(["package", "--no-such-option"])
     error = capsys.readouterr().err
     assert error.startswith("verify: error: unrecognized arguments: --no-such-option")
+    assert error.count("\n") == 1
+
+
+def test_a_package_of_several_graphs_is_refused(tmp_path: Path, capsys) -> None:
+    graph = {"file": "decode.onnx", "provider": "QNNExecutionProvider", "tokens": 1}
+    (tmp_path / "manifest.json").write_text(json.dumps({"graphs": [graph]}))
+    assert main([str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert f"{tmp_path} has several graphs" in error
     assert error.count("\n") == 1
 
 

@@ -1,0 +1,32 @@
+"""Results on stdout: tables as wide as a terminal, whole lines in a file or a pipe."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+
+_WIDEST = 10_000  # columns
+
+
+@contextmanager
+def stdout_console() -> Iterator[Console]:
+    """A console for results; a reader that leaves ends the block quietly.
+
+    Raises:
+        OSError: stdout cannot be written, on a full disk for example.
+    """
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = _WIDEST
+    try:
+        yield console
+    except SystemExit:
+        return  # so rich leaves when the reader of a pipe has; that is no fault
+    except OSError as error:
+        # What is still buffered goes nowhere, so that the exit does not complain again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise OSError(f"cannot write to stdout: {error.strerror}") from error
