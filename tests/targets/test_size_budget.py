@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 from pathlib import Path
 
 import onnx_ir as ir
@@ -29,6 +30,7 @@ from targets.size_budget import (
     solve,
 )
 
+DOCS = Path(__file__).parents[2] / "docs"
 SIZES = {"2.2GB": 2_200_000_000, "900 MB": 900_000_000, "1GiB": 2**30, "0.5 kb": 500, "7B": 7}
 
 
@@ -131,8 +133,10 @@ def test_a_target_that_quantizes_nothing_has_no_mix(model: ir.Model) -> None:
         fit_target(model, cpu.FP32, 1_000_000, others=0)
 
 
-def test_a_package_has_the_size_and_its_manifest_the_mix(tmp_path: Path, usual: int) -> None:
-    package, budget = tmp_path / "package", int(usual * 1.3)
+def test_a_package_has_the_size_and_its_manifest_the_mix(tmp_path: Path) -> None:
+    package, page = tmp_path / "package", (DOCS / "package.md").read_text(encoding="utf-8")
+    (size,) = re.findall(r"phi4export --size-budget (\S+) --costs costs.json --portable", page)
+    budget = parse_size(size)
     costs = tmp_path / "costs.json"
     dear = "model.layers.0.mlp.fc1.weight"
     weights = [
@@ -140,7 +144,7 @@ def test_a_package_has_the_size_and_its_manifest_the_mix(tmp_path: Path, usual: 
         for name in matrices(open_checkpoint(REFERENCE))
     ]
     costs.write_text(json.dumps({"format": "sambay-sensitivity", "weights": weights}))
-    arguments = ["--portable", "-o", str(package), "--size-budget", f"{budget}B"]
+    arguments = ["--portable", "-o", str(package), "--size-budget", size]
     assert phi4export([*arguments, "--costs", str(costs)]) == 0
     made = sum(file.stat().st_size for file in package.iterdir())
     assert budget * (1 - TOLERANCE) <= made <= budget
