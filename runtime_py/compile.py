@@ -81,6 +81,7 @@ def _remove(made: Path, beside: str) -> None:
 def main(arguments: Many[str] | None = None) -> int:
     """Run the command; status 2 with one line on stderr for a wrong input."""
     parser = argparse.ArgumentParser(prog="python -m runtime_py.compile", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("package", type=Path, help="the package folder")
     options = parser.parse_args(arguments)
     try:
