@@ -32,7 +32,7 @@ from export.weights import read_weight
 
 CHUNK = 1024  # tokens of a text that are run as a text of their own
 
-_INDEX, _FLOWS = "calibration.json", "flows.pt"
+_INDEX = "calibration.json"
 _FEWEST = 128  # tokens
 
 
@@ -158,13 +158,11 @@ class _Collection:
             for index in range(self._done, layers):
                 self._collect_layer(index, flows)
                 if index + 1 < layers:
-                    _save_flows(self._folder / _FLOWS, flows)
+                    _save_flows(self._flows_path(index + 1), flows)
                 else:
                     self._collect_head(flows)
-                self._done = index + 1
-                self._write_index()
+                self._write_index(index + 1)
                 progress(1)
-        (self._folder / _FLOWS).unlink(missing_ok=True)
         return Calibration(self._folder, self._names, tokens=len(self._ids), digest=self._digest)
 
     def _collect_layer(self, index: int, flows: list[Flow]) -> None:
@@ -198,9 +196,13 @@ class _Collection:
 
     def _flows(self) -> list[Flow]:
         if self._done:
-            return _load_flows(self._folder / _FLOWS)
+            return _load_flows(self._flows_path(self._done))
         starts = range(0, len(self._ids), CHUNK)
         return [self._reference.begin(self._ids[None, start : start + CHUNK]) for start in starts]
+
+    def _flows_path(self, layers: int) -> Path:
+        """Of the flows behind so many layers: never another's, whatever an interrupt leaves."""
+        return self._folder / f"flows_{layers}.pt"
 
     def _resume(self) -> None:
         try:
@@ -216,10 +218,14 @@ class _Collection:
                 "give another folder, or delete this one"
             )
 
-    def _write_index(self) -> None:
-        index = {"digest": self._digest, "layers": self._done, "weights": self._names}
+    def _write_index(self, layers: int) -> None:
+        index = {"digest": self._digest, "layers": layers, "weights": self._names}
         with _replacing(self._folder / _INDEX) as path:
             path.write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+        self._done = layers
+        for path in self._folder.glob("flows_*.pt*"):
+            if path != self._flows_path(layers):
+                path.unlink()
 
 
 class _Recorder(TorchFunctionMode):

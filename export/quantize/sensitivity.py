@@ -31,8 +31,7 @@ _TOKENS = 512  # of variants run at once: their logits take 0.4 GB at the publis
 _HEAD_SAMPLE = 4096  # rows of a head that its ratio is taken from
 _CHUNK = 1 << 18  # elements of a weight quantized at once: they stay in a processor's cache
 
-# Rows of a matrix, [rows, columns] float32, as they are after they were stored in some bits and read
-# back.
+# Rows of a matrix, float32 [rows, columns], as they are after being stored in some bits.
 RoundTrip = Callable[[np.ndarray, int], np.ndarray]
 
 

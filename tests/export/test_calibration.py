@@ -1,6 +1,7 @@
 """What linear layers are fed, against the model run as a whole."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -101,6 +102,34 @@ def test_an_interrupted_collection_goes_on_where_it_was(
     assert contents(collect(CHECKPOINT, IDS, tmp_path / "parts")) == whole, "complete: taken as is"
     assert not loaded
     assert not list((tmp_path / "parts").glob("*.part")) + list((tmp_path / "parts").glob("*.pt"))
+
+
+@pytest.mark.parametrize("file", [
+    "model.layers.3.mlp.fc2.weight.npy", "flows_4.pt", "calibration.json"
+])  # fmt: skip
+@pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
+def test_a_collection_killed_at_any_file_gives_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, before: bool
+) -> None:
+    """What is on disk then is all that a resumed collection knows of it."""
+    whole = contents(collect(CHECKPOINT, IDS, tmp_path / "whole"))
+    reached, replace = [0], os.replace
+
+    def kill(source: Path, destination: Path) -> None:
+        if not before:
+            replace(source, destination)
+        reached[0] += destination.name == file
+        if reached[0] == (4 if file == "calibration.json" else 1):
+            raise KeyboardInterrupt
+        if before:
+            replace(source, destination)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(calibration.os, "replace", kill)
+        with pytest.raises(KeyboardInterrupt):
+            collect(CHECKPOINT, IDS, tmp_path / "parts")
+    assert contents(collect(CHECKPOINT, IDS, tmp_path / "parts")) == whole
+    assert {path.suffix for path in (tmp_path / "parts").iterdir()} == {".json", ".npy"}
 
 
 def test_a_folder_of_another_text_is_refused(tmp_path: Path) -> None:
