@@ -153,7 +153,17 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--recipe", type=Path, metavar="FILE", help="JSON: bits, blocks, quantizer by weight"
     )
     parser.add_argument(
-        "--calibration", type=Path, metavar="FILE", help="UTF-8 text for gptq, some 50 KB"
+        "--activations",
+        choices=("float16", "uint16"),
+        help="what an NPU computes linear layers and gates in; default: float16",
+    )
+    parser.add_argument(
+        "--ranges",
+        choices=("minmax", "percentile", "mse"),
+        help="of uint16: all a text gives, 99.999 %% of it, or least squared error (default: mse)",
+    )
+    parser.add_argument(
+        "--calibration", type=Path, metavar="FILE", help="text for gptq and uint16, some 50 KB"
     )
     parser.add_argument(
         "--calibration-cache",
@@ -280,16 +290,16 @@ def _export(options: argparse.Namespace, console: Console) -> int:
 
 def _quantization(options: argparse.Namespace) -> Quantization | None:
     """What is told about quantization, if anything."""
-    told = (options.recipe, options.quantizer, options.calibration, options.calibration_cache)
-    if not any(told):
+    names = ("recipe", "quantizer", "calibration", "calibration_cache", "activations", "ranges")
+    told = {name: getattr(options, name) for name in names}
+    if not any(told.values()):
         return None
     if options.recipe is not None and options.size_budget is not None:
         raise ValueError("--recipe and --size-budget both choose the bits of weights: give one")
     with hold_interrupts():  # torch
         from export.quantize.options import Quantization
 
-    recipe, quantizer, calibration, folder = told
-    return Quantization(recipe=recipe, quantizer=quantizer, calibration=calibration, folder=folder)
+    return Quantization(folder=told.pop("calibration_cache"), **told)
 
 
 def _budget(options: argparse.Namespace) -> tuple[int, Costs | None] | None:
@@ -336,7 +346,7 @@ def _write(
             )
         stage("tracing the graph")
         with hold_interrupts():  # torch
-            from export.quantize.options import quantized_as_told
+            from export.quantize.options import quantized_as_told, with_activations_as_told
             from export.trace import trace
 
         told = _quantization(options)
@@ -354,7 +364,9 @@ def _write(
                 model, target, size, checkpoint=checkpoint, library=library, costs=costs
             )
         stage(f"shaping it for {target.name}")
-        model = run_passes(model, target.passes)
+        traced, model = model, run_passes(model, target.passes)
+        if told is not None:
+            target = with_activations_as_told(target, told, checkpoint, traced, model, stage)
 
         def add_tokenizer(folder: Path) -> None:
             note = write_tokenizer(checkpoint.folder, folder)

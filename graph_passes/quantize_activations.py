@@ -30,7 +30,7 @@ OPERATORS: Mapping[str, tuple[int, ...]] = {
 # These compute nothing: what comes out has the scale of what went in, or is the same number.
 MOVERS = frozenset({"Slice", "Split", "Reshape", "Transpose", "Squeeze", "Unsqueeze"})
 PAIR = ("QuantizeLinear", "DequantizeLinear")
-_COPIES = MOVERS | {"Cast", "Concat", "Expand", "Gather", "GatherND"}
+_COPIES = MOVERS | {"Cast", "Concat", "Expand", "Gather", "GatherElements", "GatherND"}
 
 DTYPES = (ir.DataType.UINT16, ir.DataType.INT16, ir.DataType.UINT8, ir.DataType.INT8)
 

@@ -1,4 +1,7 @@
-"""How weights are quantized, as told on the command line; joins the packages for ``phi4export``."""
+"""How weights and activations are quantized, as told on the command line.
+
+Joins the packages for ``phi4export``.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +12,16 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import onnx_ir as ir
+
 from export.checkpoint import Checkpoint
+from export.quantize.activation_ranges import measure_ranges
 from export.quantize.calibration import Calibration, CalibrationError, collect, read_text
 from export.tokenizer import write_tokenizer
 from graph_passes.recipe import Recipe, recipe_from_json
+from runtime_py.native import library_path
 from runtime_py.tokenizer import Tokenizer
+from targets.activations import INTEGER, integers_of, values_to_measure, with_activations
 from targets.recipes import recipe_of, with_recipe
 from targets.target import Target
 
@@ -29,12 +37,21 @@ class Quantization:
         quantizer: for all weights; None keeps the recipe's.
         calibration: text to calibrate on; None takes the checkpoint's own.
         folder: where calibration is kept; None forgets it at the end.
+        activations: one of ``targets.activations.ACTIVATIONS``; None keeps the target's.
+        ranges: of integer activations, one of ``activation_ranges.CLIPS``; None is "mse".
     """
 
     recipe: Path | None
     quantizer: str | None
     calibration: Path | None
     folder: Path | None
+    activations: str | None = None
+    ranges: str | None = None
+
+    @property
+    def integer(self) -> str | None:
+        """Of activations, where they are to be integers."""
+        return self.activations if self.activations in INTEGER else None
 
 
 def check(target: Target, told: Quantization) -> None:
@@ -46,6 +63,8 @@ def check(target: Target, told: Quantization) -> None:
     recipe = _recipe(target, told)
     if recipe is not None:
         with_recipe(target, recipe)
+    if told.activations is not None:
+        integers_of(target, told.activations)
     if told.calibration is not None:
         read_text(told.calibration)
 
@@ -78,6 +97,47 @@ def quantized_as_told(
         yield with_recipe(target, recipe, calibration)
 
 
+def with_activations_as_told(
+    target: Target,
+    told: Quantization,
+    checkpoint: Checkpoint,
+    traced: ir.Model,
+    shaped: ir.Model,
+    progress: Callable[[str], object],
+) -> Target:
+    """The target with integer activations if the command line says so.
+
+    Args:
+        traced: the float graph, which is run over the text.
+        shaped: the same after ``target.passes``.
+        progress: told what is being done.
+
+    Raises:
+        ValueError: a calibration text that cannot be used, or a target without the choice.
+    """
+    if told.integer is None:
+        return target
+    names = values_to_measure(shaped, target, told.integer)
+    ids = _read_ids(checkpoint, told.calibration, "integer activations need")
+    layers, done = checkpoint.config.num_hidden_layers // 2 + 2, -1  # the embedding's comes first
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        progress(f"measuring activations: {done} of {layers} layers")
+
+    ranges = measure_ranges(
+        traced,
+        ids,
+        names,
+        clip=told.ranges or "mse",
+        bits=INTEGER[told.integer].bitwidth,
+        library=library_path(),
+        progress=advance,
+    )
+    return with_activations(target, told.integer, ranges)
+
+
 def _recipe(target: Target, told: Quantization) -> Recipe | None:
     recipe = recipe_of(target)
     if told.recipe is not None:
@@ -91,23 +151,50 @@ def _recipe(target: Target, told: Quantization) -> Recipe | None:
             raise ValueError(f"recipe {told.recipe}: {error}") from error
     if told.quantizer is not None:
         recipe = (recipe or Recipe()).with_quantizer(told.quantizer)
-    for option, value in (("", told.calibration), ("-cache", told.folder)):
-        if value is not None and (recipe is None or not recipe.calibrated):
-            raise CalibrationError(
-                f"--calibration{option} {value} would not be used: only the quantizer gptq "
-                "calibrates, so add --quantizer gptq"
-            )
+    _refuse_idle(told, calibrated=recipe is not None and recipe.calibrated)
     return recipe
+
+
+def _refuse_idle(told: Quantization, *, calibrated: bool) -> None:
+    if told.ranges is not None and told.integer is None:
+        raise ValueError(
+            f"--ranges {told.ranges} would not be used: only integer activations have ranges, so "
+            f"add --activations {next(iter(INTEGER))}"
+        )
+    if told.calibration is not None and not calibrated and told.integer is None:
+        raise CalibrationError(
+            f"--calibration {told.calibration} would not be used: only the quantizer gptq and "
+            "integer activations calibrate, so add --quantizer gptq, or for an NPU "
+            f"--activations {next(iter(INTEGER))}"
+        )
+    if told.folder is not None and not calibrated:
+        raise CalibrationError(
+            f"--calibration-cache {told.folder} would not be used: only the quantizer gptq keeps "
+            "what it calibrates, so add --quantizer gptq"
+        )
 
 
 def _calibrate(
     checkpoint: Checkpoint, text: Path | None, folder: Path, progress: Callable[[str], object]
 ) -> Calibration:
+    ids = _read_ids(checkpoint, text, "the quantizer gptq needs")
+    layers, done = checkpoint.config.num_hidden_layers, 0
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        progress(f"calibrating: {done} of {layers} layers")
+
+    return collect(checkpoint, ids, folder, progress=advance)
+
+
+def _read_ids(checkpoint: Checkpoint, text: Path | None, who_needs: str) -> list[int]:
+    """Tokens of the text that is told, or of the one beside the weights."""
     if text is None:
         text = checkpoint.folder / TEXT
         if not text.is_file():
             raise CalibrationError(
-                "the quantizer gptq needs text of the kind the model is for: give a UTF-8 file of "
+                f"{who_needs} text of the kind the model is for: give a UTF-8 file of "
                 f"some 50 KB as --calibration FILE, or put one at {text}"
             )
     contents = read_text(text)
@@ -118,12 +205,4 @@ def _calibrate(
                 f"{checkpoint.folder} has no tokenizer, and calibration needs one: put the "
                 "published tokenizer files there"
             )
-        ids = Tokenizer(Path(scratch)).encode(contents)
-    layers, done = checkpoint.config.num_hidden_layers, 0
-
-    def advance(count: int) -> None:
-        nonlocal done
-        done += count
-        progress(f"calibrating: {done} of {layers} layers")
-
-    return collect(checkpoint, ids, folder, progress=advance)
+        return Tokenizer(Path(scratch)).encode(contents)
