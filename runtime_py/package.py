@@ -12,6 +12,7 @@ from pathlib import Path
 
 import onnxruntime as ort
 
+from runtime_py.cuda_graph import OLDEST
 from runtime_py.errors import InputError, PackageError
 from runtime_py.model_file import read_metadata_props
 from runtime_py.native import library_path
@@ -21,6 +22,8 @@ from runtime_py.plugins import MODULES, add_plugin, compiled_file, is_installed
 MODEL_FILE, MANIFEST = "model.onnx", "manifest.json"
 VERSION = "1"
 THREADS_A_CORE = 8  # far beyond what helps; thousands take minutes to start
+CUDA = "CUDAExecutionProvider"
+NOT_CAPTURED = "leave cuda_graph out"
 AGAIN = "export the checkpoint again with this version of phi4export"
 
 
@@ -63,7 +66,7 @@ def find_model(path: str | os.PathLike[str]) -> Path:
 
 
 def open_model(
-    path: Path, *, threads: int | None, providers: Many[str] | None
+    path: Path, *, threads: int | None, providers: Many[str] | None, cuda_graph: bool = False
 ) -> ort.InferenceSession | Pipeline:
     """Load a model into ONNX Runtime.
 
@@ -71,10 +74,11 @@ def open_model(
         path: what ``find_model`` returned.
         threads: of one operator; None takes one a physical core.
         providers: execution providers, best first; None takes the one the package was made for.
+        cuda_graph: whether the CUDA provider may capture calls.
 
     Raises:
         InputError: threads is below 1 or far beyond the cores, or a provider is not in this ONNX
-            Runtime.
+            Runtime; or nothing can be captured.
         PackageError: a file cannot be read as a model.
     """
     cores = os.cpu_count() or 1
@@ -86,7 +90,9 @@ def open_model(
     _check_sizes(path)
     stages = read_stages(path) if path.name == MANIFEST else ()
     if not stages:
-        return _open_graph(path, threads, providers)
+        return _open_graph(path, threads, providers, cuda_graph=cuda_graph)
+    if cuda_graph:
+        raise InputError(f"{path} lists several graphs, which are not captured; {NOT_CAPTURED}")
 
     def open_stage(stage: Stage) -> ort.InferenceSession:
         asked = (CPU,) if stage.provider == CPU else providers
@@ -96,11 +102,18 @@ def open_model(
 
 
 def _open_graph(
-    path: Path, threads: int | None, providers: Many[str] | None, made_for: str | None = None
+    path: Path,
+    threads: int | None,
+    providers: Many[str] | None,
+    made_for: str | None = None,
+    *,
+    cuda_graph: bool = False,
 ) -> ort.InferenceSession:
     told = read_metadata_props(path)
     made_for = made_for or told.get("sambay.provider", CPU)
     chosen = _choose_providers(path, providers, made_for, told.get("sambay.target", ""))
+    if cuda_graph:
+        _check_capture(chosen[0])
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads or _physical_cores()
     options.inter_op_num_threads = 1
@@ -115,15 +128,30 @@ def _open_graph(
             compiled = compiled_file(path)
             return ort.InferenceSession(str(compiled if compiled.exists() else path), options)
         # Unasked, Python's session would go on with the CPU where a provider cannot start.
-        return ort.InferenceSession(str(path), options, providers=chosen, enable_fallback=0)
+        settings = [
+            {"enable_cuda_graph": "1"} if name == CUDA and cuda_graph else {} for name in chosen
+        ]
+        return ort.InferenceSession(str(path), options, chosen, settings, enable_fallback=0)
     except Exception as error:  # ONNX Runtime's exceptions share no narrower base
         reason = " ".join(str(error).split())[:300]
         remedy = "copy or export the package again"
         if chosen[0] != CPU:
             remedy = f"if {chosen[0]} cannot start here, ask for {CPU}"
+        if cuda_graph:
+            remedy = f"{NOT_CAPTURED}, or {AGAIN}"
         if made_for not in chosen:
             remedy = f"it was made for {made_for}, not for {chosen[0]}"
         raise PackageError(f"{path} cannot be read as a model ({reason}); {remedy}") from error
+
+
+def _check_capture(provider: str) -> None:
+    if provider != CUDA:
+        raise InputError(f"cuda_graph captures on {CUDA}, not on {provider}; {NOT_CAPTURED}")
+    if tuple(int(part) for part in ort.__version__.split(".")[:2]) < OLDEST:
+        raise InputError(
+            f"cuda_graph needs ONNX Runtime {'.'.join(map(str, OLDEST))} or later, this is "
+            f"{ort.__version__}: update onnxruntime-gpu, or {NOT_CAPTURED}"
+        )
 
 
 def _choose_providers(path: Path, asked: Many[str] | None, made_for: str, target: str) -> list[str]:

@@ -7,22 +7,18 @@ those for one, any other call those for more, padded on the left.
 
 from __future__ import annotations
 
-import contextlib
 import json
-import signal
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import numpy as np
 import onnxruntime as ort
 
 from runtime_py.errors import PackageError
-from runtime_py.sequence import IDS, LOGITS
-from runtime_py.states import MASK, PAST, PRESENT
+from runtime_py.interrupts import whole
+from runtime_py.states import IDS, LOGITS, MASK, PAST, PRESENT
 
 CPU = "CPUExecutionProvider"
 
@@ -103,7 +99,7 @@ class Pipeline:
 
     def run_with_iobinding(self, binding: Binding) -> None:
         """Run one call. Ctrl-C waits for its end: some states would be new, some old."""
-        with _whole():
+        with whole():
             self._run(binding)
 
     def _run(self, binding: Binding) -> None:
@@ -178,19 +174,3 @@ def _trimmed(mask: np.ndarray, tokens: int, padding: int) -> np.ndarray:
     end = int(real[-1]) + 1
     earlier, now = np.split(mask[:, :end], [end - tokens], axis=1)
     return np.hstack([earlier, np.zeros((len(mask), padding), mask.dtype), now])
-
-
-@contextlib.contextmanager
-def _whole() -> Iterator[None]:
-    """Raise a KeyboardInterrupt that comes meanwhile at the end."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # signals go to the main thread
-        return
-    came: list[tuple[int, FrameType | None]] = []
-    before = signal.signal(signal.SIGINT, lambda number, frame: came.append((number, frame)))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-        if came and callable(before):
-            before(*came[-1])

@@ -6,20 +6,20 @@ import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
+from runtime_py.cuda_graph import CudaGraph, run_options
 from runtime_py.errors import BrokenSequenceError, InputError
 from runtime_py.snapshot import write_snapshot
-from runtime_py.states import Buffers, grown_capacity
+from runtime_py.states import IDS, LOGITS, Buffers, grown_capacity
 
 if TYPE_CHECKING:
     from runtime_py.session import Session
 
-IDS, LOGITS = "input_ids", "logits"
 # A bit pattern that no arithmetic gives: a NaN with a payload of our own.
 NOT_WRITTEN = np.uint32(0x7FA5C3E1)
 
@@ -39,6 +39,7 @@ class Sequence:
         """Not for callers: use ``Session.start`` or ``Session.load``."""
         self.session = session
         self._buffers = buffers
+        self._graph: CudaGraph | None = None  # of these buffers
         self._length = length
         self._logits = logits
         self._run: _Run | None = None
@@ -183,7 +184,7 @@ class Sequence:
             # Once for all chunks, and whole before it replaces the old one.
             most = self.session.config.max_position_embeddings
             capacity = grown_capacity(self._buffers.capacity, self._length + count, most)
-            self._buffers = self._buffers.grown(capacity, self._length)
+            self._graph, self._buffers = None, self._buffers.grown(capacity, self._length)
         if progress is not None:
             progress(0, count)
         for start in range(0, count, self.session.chunk):
@@ -203,16 +204,29 @@ class Sequence:
         logits.view(np.uint32).flat[0] = NOT_WRITTEN
         buffers.mask[:, self._length :] = 0  # a run that did not come about may have left ones
         buffers.mask[:, self._length : end] = np.arange(ids.shape[1]) < lengths[:, None]
-        buffers.bind_again()
-        buffers.binding.bind_cpu_input(IDS, ids)
-        buffers.binding.bind_ortvalue_output(LOGITS, ort.OrtValue.ortvalue_from_numpy(logits))
         self._run = _Run(logits, lengths, end)
         try:
-            self.session.model.run_with_iobinding(buffers.binding)
+            if self.session.cuda_graph and ids.shape[1] == 1:
+                self._graph = self._graph or CudaGraph(buffers, self.session.config.vocab_size)
+                self._graph.run(ids, logits)
+            else:
+                self._call(ids, logits)
         except Exception as error:
             self._failure = " ".join(str(error).split())[:300]
         self._settle()
         return logits
+
+    def _call(self, ids: np.ndarray, logits: np.ndarray) -> None:
+        """Run the model once, launch by launch."""
+        model: Any = self.session.model
+        binding = self._buffers.binding
+        self._buffers.bind_again()
+        binding.bind_cpu_input(IDS, ids)
+        binding.bind_ortvalue_output(LOGITS, ort.OrtValue.ortvalue_from_numpy(logits))
+        if self.session.cuda_graph:
+            model.run_with_iobinding(binding, run_options())
+        else:
+            model.run_with_iobinding(binding)
 
     def _settle(self) -> None:
         """Count a run as done if it was.

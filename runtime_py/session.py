@@ -16,9 +16,9 @@ from collections.abc import Sequence as Many
 from runtime_py.errors import InputError, PackageError
 from runtime_py.native import tell_if_missing
 from runtime_py.package import AGAIN, find_model, fingerprint, open_model, read_metadata
-from runtime_py.sequence import IDS, LOGITS, Sequence
+from runtime_py.sequence import Sequence
 from runtime_py.snapshot import read_snapshot
-from runtime_py.states import MASK, Buffers, find_states, grown_capacity
+from runtime_py.states import IDS, LOGITS, MASK, Buffers, find_states, grown_capacity
 from runtime_py.tokenizer import Tokenizer
 
 
@@ -31,6 +31,7 @@ class Session:
         all_logits: whether the model gives the logits of every token (for evaluation).
         chunk: most tokens of one run; longer inputs are split, which bounds memory.
         states: what each sequence carries, in the order of the model's inputs.
+        cuda_graph: whether calls of one token are replayed from a captured graph.
     """
 
     chunk: int = 512
@@ -41,6 +42,7 @@ class Session:
         *,
         threads: int | None = None,
         providers: Many[str] | None = None,
+        cuda_graph: bool = False,
     ) -> None:
         """Load a package.
 
@@ -49,13 +51,18 @@ class Session:
             threads: of one operator; None takes one a physical core.
             providers: ONNX Runtime execution providers, best first; None takes the one that the
                 package was made for. States live on a CUDA device, or else in the CPU's memory.
+            cuda_graph: on a CUDA device, replay calls of one token from a captured graph. Needs
+                onnxruntime-gpu 1.31 or later.
 
         Raises:
             PackageError: there is no model, it cannot be read, or it is none of ours.
-            InputError: threads or providers cannot be had.
+            InputError: threads, providers or cuda_graph cannot be had.
         """
         self.path = find_model(path)
-        self.model = open_model(self.path, threads=threads, providers=providers)
+        self.cuda_graph = cuda_graph
+        self.model = open_model(
+            self.path, threads=threads, providers=providers, cuda_graph=cuda_graph
+        )
         self.config, self.all_logits, most = read_metadata(self.path, self.model)
         self.chunk = min(self.chunk, most or self.chunk)
         self.states = find_states(self.model.get_inputs(), self.model.get_outputs())

@@ -16,7 +16,8 @@ import onnxruntime as ort
 
 from runtime_py.errors import PackageError
 
-PAST, PRESENT, MASK = "past_key_values.", "present.", "attention_mask"
+IDS, MASK, LOGITS = "input_ids", "attention_mask", "logits"
+PAST, PRESENT = "past_key_values.", "present."
 GROWING = "capacity"
 DTYPES: dict[str, np.dtype[Any]] = {
     "tensor(float)": np.dtype(np.float32),
@@ -140,7 +141,7 @@ class Buffers:
     ) -> Buffers:
         """Zero states for ``batch`` rows of up to ``capacity`` tokens."""
         sizes = {"batch": batch, "window": window, GROWING: capacity}
-        memory = tuple(_on_device(model, state.zeros(sizes)) for state in states)
+        memory = tuple(on_device(model, state.zeros(sizes)) for state in states)
         mask = np.zeros((batch, capacity), np.int64)
         return Buffers(model, states, window, memory, mask, _bind(model, states, memory, mask))
 
@@ -162,6 +163,14 @@ class Buffers:
             for each in self.memory
         )
         return sum(sizes)
+
+    def bind_states(self) -> Any:
+        """A binding of the states alone."""
+        binding = self.model.io_binding()
+        for state, each in zip(self.states, self.memory, strict=True):
+            binding.bind_ortvalue_input(state.past, _as_value(each))
+            binding.bind_ortvalue_output(state.present, _as_value(each))
+        return binding
 
     def bind_again(self) -> None:
         """Make the next run see what changed since the last.
@@ -199,7 +208,7 @@ class Buffers:
         memory = tuple(
             each
             if share and not state.grows
-            else _on_device(self.model, state.copy(_as_array(each), sizes, used))
+            else on_device(self.model, state.copy(_as_array(each), sizes, used))
             for state, each in zip(self.states, self.memory, strict=True)
         )
         mask = np.zeros((len(self.mask), capacity), np.int64)
@@ -213,7 +222,8 @@ def _device(model: Any) -> str:
     return DEVICES.get(model.get_providers()[0], "")
 
 
-def _on_device(model: Any, array: np.ndarray) -> Memory:
+def on_device(model: Any, array: np.ndarray) -> Memory:
+    """The array itself, or a copy where the model's states live."""
     device = _device(model)
     if device in ("", "cpu"):
         return array

@@ -4,6 +4,9 @@ What ONNX Runtime does for a device: an input that stands in the processor's mem
 it is bound, so that later changes are not seen; one that stands on the device is read in place.
 """
 
+import itertools
+import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,7 @@ import onnxruntime as ort
 import pytest
 
 from runtime_py import Session, states
-from runtime_py.errors import PackageError
+from runtime_py.errors import BrokenSequenceError, InputError, PackageError
 
 WRAPPED = ort.OrtValue.ortvalue_from_numpy
 
@@ -37,6 +40,7 @@ class Binding:
     def __init__(self, binding: ort.IOBinding) -> None:
         self.binding = binding
         self.copied: dict[str, np.ndarray] = {}
+        self.bound: dict[str, Any] = {}  # what stands on the device
 
     def bind_cpu_input(self, name: str, array: np.ndarray) -> None:
         self.copied[name] = array.copy()
@@ -44,12 +48,14 @@ class Binding:
 
     def bind_ortvalue_input(self, name: str, value: Any) -> None:
         if isinstance(value, OnDevice):
+            self.bound[name] = value
             self.binding.bind_ortvalue_input(name, WRAPPED(value.held))
         else:
             self.bind_cpu_input(name, value.numpy())
 
     def bind_ortvalue_output(self, name: str, value: Any) -> None:
         if isinstance(value, OnDevice):
+            self.bound[name] = value
             value = WRAPPED(value.held)
         self.binding.bind_ortvalue_output(name, value)
 
@@ -71,6 +77,41 @@ class Device:
 
     def run_with_iobinding(self, binding: Binding) -> None:
         self.session.run_with_iobinding(binding.binding)
+
+
+class Capturing(Device):
+    """Captures as ONNX Runtime does.
+
+    In every thread for itself; the first call of an id runs the model three times; later ones read
+    and write what was bound in the first, whatever is bound now.
+    """
+
+    def __init__(self, session: ort.InferenceSession) -> None:
+        super().__init__(session, "CUDAExecutionProvider")
+        self.graphs: dict[tuple[int, int], tuple[Binding, dict[str, Any]]] = {}
+        self.ids: list[int] = []
+        self.released: list[int] = []
+
+    def run_with_iobinding(self, binding: Binding, options: ort.RunOptions | None = None) -> None:
+        assert options is not None, "without an id it would be captured"
+        graph_id = int(options.get_run_config_entry("gpu_graph_id"))
+        self.ids.append(graph_id)
+        if graph_id == -1:
+            super().run_with_iobinding(binding)
+            return
+        names = [value.name for value in (*self.get_inputs(), *self.get_outputs())]
+        assert sorted(binding.bound) == sorted(names), "a replay sees nothing but the device"
+        key = (threading.get_ident(), graph_id)
+        if key not in self.graphs:
+            self.graphs[key] = binding, dict(binding.bound)
+            for _ in range(2):
+                super().run_with_iobinding(binding)
+        captured, bound = self.graphs[key]
+        assert all(captured.bound[name] is value for name, value in bound.items())
+        super().run_with_iobinding(captured)
+
+    def release_captured_graph(self, graph_id: int) -> None:
+        self.released.append(graph_id)
 
 
 def make_value(array: np.ndarray, device_type: str = "cpu") -> Any:
@@ -116,6 +157,95 @@ def test_only_what_must_travel_travels(on_device: Session) -> None:
     states_copied = [name for name in copied if name.startswith(states.PAST)]
     on_cuda = on_device.model.get_providers()[0] == "CUDAExecutionProvider"
     assert bool(states_copied) is not on_cuda
+
+
+@pytest.fixture
+def capturing(package: Path, monkeypatch: pytest.MonkeyPatch) -> Session:
+    session = Session(package, threads=1)
+    session.model, session.cuda_graph = Capturing(session.model), True
+    monkeypatch.setattr(ort.OrtValue, "ortvalue_from_numpy", make_value)
+    return session
+
+
+def test_tokens_replayed_from_a_captured_graph_are_those_of_calls(
+    capturing: Session, package: Path
+) -> None:
+    """Prompts in between, growths, a fork, a batch with padding: the states of each are right."""
+    plain = Session(package, threads=1)
+    got, wanted = capturing.start(2), plain.start(2)
+    rng = np.random.default_rng(3)
+    for count in (5, 1, 1, 300, 1, 1, 2, 1):  # tokens of a call
+        ids, mask = rng.integers(0, 256, (2, count)), np.ones((2, count), int)
+        mask[1, 0] = count == 5
+        np.testing.assert_array_equal(got.step(ids, mask), wanted.step(ids, mask))
+    forked, other = got.fork(), wanted.fork()
+    for sequence, expected in ((got, wanted), (forked, other), (got, wanted)):
+        ids = rng.integers(0, 256, (2, 1))
+        np.testing.assert_array_equal(sequence.step(ids), expected.step(ids))
+    for array, expected in zip(got._buffers.arrays, wanted._buffers.arrays, strict=True):
+        np.testing.assert_array_equal(array, expected)
+    first, second, third = sorted(set(capturing.model.ids) - {-1})
+    calls = [-1, first, first, first, -1, second, second, second, -1, second, third, third, second]
+    assert [i for i, _ in itertools.groupby(capturing.model.ids)] == [
+        i for i, _ in itertools.groupby(calls)
+    ]
+    assert capturing.model.released == [first]
+    del got, forked, sequence
+    assert sorted(capturing.model.released) == [first, second, third]
+
+
+def test_a_thread_captures_for_itself(capturing: Session, package: Path) -> None:
+    got, wanted = capturing.start(), Session(package, threads=1).start()
+    for ids in ([1, 2], [3], [4]):
+        wanted.step(ids)
+    got.step([1, 2])
+    got.step([3])
+    stepping = threading.Thread(target=got.step, args=([4],))
+    stepping.start()
+    stepping.join()
+    np.testing.assert_array_equal(got.logits, wanted.logits)
+    assert len(capturing.model.graphs) == 2
+
+
+def test_a_failure_while_capturing_breaks_the_sequence(
+    capturing: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sequence = capturing.start()
+    sequence.step([1, 2])
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(Capturing, "run_with_iobinding", fail)
+    with pytest.raises(BrokenSequenceError, match="not permitted when stream is capturing"):
+        sequence.step([3])
+
+
+@pytest.mark.parametrize(
+    ("version", "providers", "message"),
+    [
+        ("1.32.0", ["CPUExecutionProvider"], "captures on CUDAExecutionProvider, not on CPU"),
+        ("1.30.2", ["CUDAExecutionProvider"], "needs ONNX Runtime 1.31 or later, this is 1.30.2"),
+    ],
+)
+def test_capture_that_cannot_be_had_is_an_error(
+    package: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    version: str,
+    providers: list[str],
+    message: str,
+) -> None:
+    monkeypatch.setattr(ort, "get_available_providers", lambda: providers)
+    monkeypatch.setattr(ort, "__version__", version)
+    with pytest.raises(InputError, match=message):
+        Session(package, providers=providers, cuda_graph=True)
+
+
+def test_several_graphs_are_not_captured(tmp_path: Path) -> None:
+    graph = {"file": "decode.onnx", "provider": "CPUExecutionProvider", "tokens": 1}
+    (tmp_path / "manifest.json").write_text(json.dumps({"graphs": [graph]}), encoding="utf-8")
+    with pytest.raises(InputError, match="several graphs, which are not captured; leave cuda_gra"):
+        Session(tmp_path, cuda_graph=True)
 
 
 def test_a_provider_that_cannot_start_is_an_error_and_not_the_processor(
