@@ -6,6 +6,7 @@ import argparse
 import errno
 import io
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Iterator
@@ -13,12 +14,16 @@ from collections.abc import Sequence as Many
 from contextlib import ExitStack, closing, contextmanager, suppress
 from typing import NoReturn
 
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    # Ctrl-C while the rest is imported ends the program at once and without a word.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
+from runtime_py.conversation import DEFAULT, MAX_NEW_TOKENS, Conversation
 from runtime_py.errors import BrokenSequenceError, InputError, PackageError
-from runtime_py.generate import DEFAULT, MAX_NEW_TOKENS, Conversation
 from runtime_py.sampling import Sampling
 from runtime_py.sequence import Progress
 from runtime_py.session import Session
@@ -295,4 +300,6 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main())

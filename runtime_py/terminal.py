@@ -6,7 +6,7 @@ from typing import TextIO
 
 from rich.console import Console
 
-from runtime_py.generate import Timing
+from runtime_py.conversation import Timing
 from runtime_py.peak_memory import peak_bytes
 
 

@@ -57,6 +57,19 @@ def test_the_runtime_imports_where_torch_and_onnx_are_missing() -> None:
     code = f"""
 import sys
 for name in ({blocked}): sys.modules[name] = None
-import runtime_py, runtime_py.chat
+from runtime_py import *
+import runtime_py.chat
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_the_runtime_loads_what_is_asked_for() -> None:
+    code = """
+import sys
+import runtime_py
+assert not {"numpy", "onnxruntime"} & set(sys.modules)
+import runtime_py.conversation
+assert runtime_py.generate is runtime_py.conversation.generate
+assert all(getattr(runtime_py, name).__name__ == name for name in dir(runtime_py))
 """
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from runtime_py import chat
-from runtime_py.generate import Timing
+from runtime_py.conversation import Timing
 from runtime_py.peak_memory import peak_bytes
 from runtime_py.terminal import AnswerWriter, figures
 
@@ -271,3 +271,21 @@ def test_the_peak_memory_is_plausible():
     peak = peak_bytes()
     assert peak is not None
     assert 10e6 < peak < 100e9
+
+
+INTERRUPTED_IMPORT = """
+import os, runpy, signal, sys
+def strike(event, details):
+    if event == "import" and details[0] == sys.argv[1]:
+        os.kill(os.getpid(), signal.SIGINT)
+sys.addaudithook(strike)
+runpy.run_module("runtime_py.chat", run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+@pytest.mark.parametrize("module", ["rich.console", "numpy", "onnxruntime", "tokenizers"])
+def test_ctrl_c_while_it_starts_ends_it_without_a_word(module):
+    command = [sys.executable, "-c", INTERRUPTED_IMPORT, module]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True)
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, b"", b"")
