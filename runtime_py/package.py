@@ -15,14 +15,13 @@ import onnxruntime as ort
 from runtime_py.cuda_graph import OLDEST
 from runtime_py.errors import InputError, PackageError
 from runtime_py.model_file import read_metadata_props
-from runtime_py.native import library_path
+from runtime_py.native import CUDA, library_path
 from runtime_py.pipeline import CPU, Pipeline, Stage, read_stages
 from runtime_py.plugins import MODULES, add_plugin, compiled_file, is_installed
 
 MODEL_FILE, MANIFEST = "model.onnx", "manifest.json"
 VERSION = "1"
 THREADS_A_CORE = 8  # far beyond what helps; thousands take minutes to start
-CUDA = "CUDAExecutionProvider"
 NOT_CAPTURED = "leave cuda_graph out"
 AGAIN = "export the checkpoint again with this version of phi4export"
 
