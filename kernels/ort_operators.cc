@@ -1,11 +1,13 @@
 // The library of operators for processors, as ONNX Runtime loads it.
 #include "ort_operators.h"
 
+#include <atomic>
 #include <cstdlib>
 #include <type_traits>
 
 #include "ort_caches.h"
 #include "ort_library.h"
+#include "pages.h"
 
 namespace sambay::ort {
 namespace {
@@ -45,6 +47,9 @@ struct MatMulNBits {
     for (size_t axis = 0; axis + 1 < shape.size(); ++axis) op.tokens *= shape[axis];
     op.x = context.data_of<float>(0);
     op.weight = context.input<uint8_t>(1, {N, blocks, block_size * bits / 8});
+    if (!mapped.exchange(true, std::memory_order_relaxed)) {
+      map_large_pages(op.weight, static_cast<size_t>(N * blocks * (block_size * bits / 8)), context.pool());
+    }
     const Scale* scales = context.input<Scale>(2, {N, blocks});
     if constexpr (std::is_same_v<Scale, Half>) {
       op.half_scales = scales;
@@ -58,6 +63,7 @@ struct MatMulNBits {
 
   int64_t K, N, bits, block_size;
   bool exact;
+  mutable std::atomic<bool> mapped{false};  // in large pages: before the weight is first read
 };
 
 const Kernels* chosen_kernels() {

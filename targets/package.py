@@ -34,6 +34,9 @@ OUTSIDE = 1024
 # Large weights start on a page, so that a runtime can map them; small ones on a cache line.
 _LARGE, _PAGE, _LINE = 1 << 20, 4096, 64
 
+# Written at once, from multiples of this on: systems that keep files in large pages make them of such.
+_BLOCK = 4 << 20
+
 
 def write_package(
     model: ir.Model,
@@ -79,6 +82,7 @@ def write_package(
             data = _Data(file, progress or _silent)
             for graph in graphs.values():
                 _move_weights(graph, data)
+            data.finish()
         for name, graph in graphs.items():
             graph.metadata_props["sambay.target"] = target.name
             graph.metadata_props["sambay.provider"] = providers.get(name, target.provider)
@@ -115,6 +119,7 @@ class _Data:
 
     def __init__(self, file: BinaryIO, progress: Callable[[int], None]) -> None:
         self._file, self._progress = file, progress
+        self._block = bytearray()  # what is not written yet
         self._digest = hashlib.sha256()
         self.position = 0
         self.written: dict[object, tuple[Any, int]] = {}
@@ -130,10 +135,20 @@ class _Data:
     def digest(self) -> str:
         return self._digest.hexdigest()
 
+    def finish(self) -> None:
+        self._file.write(self._block)
+        self._block.clear()
+
     def _put(self, data: bytes | memoryview) -> None:
-        self._file.write(data)
         self._digest.update(data)
         self.position += len(data)
+        rest = memoryview(data).cast("B")
+        while len(rest):
+            count = _BLOCK - len(self._block)
+            self._block += rest[:count]
+            rest = rest[count:]
+            if len(self._block) == _BLOCK:
+                self.finish()
 
 
 def _move_weights(model: ir.Model, file: _Data) -> None:

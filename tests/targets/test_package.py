@@ -45,6 +45,19 @@ def test_a_package_runs_after_checkpoint_and_folder_are_gone(
         np.testing.assert_array_equal(stored[name].const_value.numpy(), array, err_msg=name)
 
 
+def test_weights_are_the_same_bytes_however_they_are_cut_into_blocks(
+    traced: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = run_passes(traced(), TARGETS[0].passes)
+    packages = []
+    for size in (4 << 20, 1000, 64):
+        monkeypatch.setattr("targets.package._BLOCK", size)
+        packages.append(write_package(model, tmp_path / str(size), target=TARGETS[0], facts=FACTS))
+    whole, *cut = ((package / "model.onnx.data").read_bytes() for package in packages)
+    assert len(whole) > 10_000
+    assert cut == [whole, whole]
+
+
 def test_the_float32_package_computes_what_the_trace_computes(traced: Make, tmp_path: Path) -> None:
     ir.save(traced(), tmp_path / "traced.onnx", external_data="traced.data")
     model = run_passes(traced(), TARGETS[0].passes)
