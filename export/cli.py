@@ -16,17 +16,10 @@ from typing import TYPE_CHECKING, NoReturn
 
 from rich.console import Console, RenderableType
 from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    SpinnerColumn,
-    TextColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import Progress
 from rich.table import Table
 
-from export.console import stdout_console
+from export.console import bytes_progress, stdout_console
 from export.interrupts import hold_interrupts, interrupt_on_termination, keep_interrupts
 from export.verify.options import (
     RANKED_TOKENS,
@@ -330,7 +323,7 @@ def _write(
         from targets.package import GENAI, package_size, write_package
 
     notes = [_introduction()] if options.checkpoint is None else []
-    with _progress(console) as progress, contextlib.ExitStack() as stack:
+    with bytes_progress(console) as progress, contextlib.ExitStack() as stack:
 
         def stage(text: str, total: int | None = None) -> Callable[[int], None]:
             for task in progress.tasks:
@@ -402,19 +395,6 @@ def _write(
     for note in notes:
         console.print(f"note: {escape(note)}")
     return package
-
-
-def _progress(console: Console) -> Progress:
-    return Progress(
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )
 
 
 def _introduction() -> str:

@@ -116,7 +116,7 @@ def read_config(folder: Path) -> SambaYConfig:
         layer_norm_eps=_epsilon(settings, path),
         bos_token_id=_token_id(settings, "bos_token_id", path),
         pad_token_id=_token_id(settings, "pad_token_id", path),
-        eos_token_ids=_end_tokens(settings, path),
+        eos_token_ids=_end_tokens(settings, path, sizes["vocab_size"]),
     )
     _check_shape(config, path)
     return dataclasses.replace(
@@ -230,7 +230,7 @@ def _token_id(settings: dict[str, Any], name: str, path: Path) -> int | None:
     return value
 
 
-def _end_tokens(settings: dict[str, Any], path: Path) -> tuple[int, ...]:
+def _end_tokens(settings: dict[str, Any], path: Path, vocabulary: int) -> tuple[int, ...]:
     """End tokens of generation_config.json, else of config.json: one id or a list, order kept."""
     generation = path.with_name("generation_config.json")
     if generation.exists():
@@ -245,6 +245,11 @@ def _end_tokens(settings: dict[str, Any], path: Path) -> tuple[int, ...]:
         raise ConfigError(
             f"{path}: eos_token_id is {_short(value)}, "
             "expected a token id or a list of them: correct it"
+        )
+    if any(token >= vocabulary for token in ids):
+        raise ConfigError(
+            f"{path}: eos_token_id is {_short(value)}, expected ids below vocab_size {vocabulary}, "
+            "or no answer would end: correct it"
         )
     return tuple(dict.fromkeys(ids))
 

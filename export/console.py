@@ -1,4 +1,4 @@
-"""Results on stdout: tables as wide as a terminal, whole lines in a file or a pipe."""
+"""What a command shows: results on stdout, progress on stderr."""
 
 from __future__ import annotations
 
@@ -8,13 +8,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, Task, TextColumn
+from rich.progress import TimeRemainingColumn as Remaining
+from rich.text import Text
 
 _WIDEST = 10_000  # columns
 
 
 @contextmanager
 def stdout_console() -> Iterator[Console]:
-    """A console for results; a reader that leaves ends the block quietly.
+    """A console for results: tables as wide as a terminal, whole lines in a file or a pipe.
+
+    A reader that leaves ends the block quietly.
 
     Raises:
         OSError: stdout cannot be written, on a full disk for example.
@@ -30,3 +35,16 @@ def stdout_console() -> Iterator[Console]:
         # What is still buffered goes nowhere, so that the exit does not complain again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise OSError(f"cannot write to stdout: {error.strerror}") from error
+
+
+def bytes_progress(console: Console) -> Progress:
+    """Stages of work, with bytes where they are known; nothing where no terminal shows it."""
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), _Bytes())
+    hidden = not console.is_terminal
+    return Progress(*columns, Remaining(), console=console, transient=True, disable=hidden)
+
+
+class _Bytes(DownloadColumn):
+    def render(self, task: Task) -> Text:
+        """Nothing for a stage whose size is not known."""
+        return Text() if task.total is None else super().render(task)

@@ -79,7 +79,7 @@ def _remove(made: Path, beside: str) -> None:
 
 
 def main(arguments: Many[str] | None = None) -> int:
-    """Run the command; status 2 with one line on stderr for a wrong input."""
+    """Run the command; status 2 with one line on stderr for a wrong input, 130 for Ctrl-C."""
     parser = argparse.ArgumentParser(prog="python -m runtime_py.compile", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("package", type=Path, help="the package folder")
@@ -90,6 +90,8 @@ def main(arguments: Many[str] | None = None) -> int:
     except (InputError, PackageError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 

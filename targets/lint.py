@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -191,16 +192,24 @@ def _dtype(value: ir.Value) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print what a package's provider has no kernels for; status 1 if there is any."""
     parser = argparse.ArgumentParser(prog="python -m targets.lint", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("package", type=Path, metavar="PACKAGE")
     parser.add_argument("--provider", choices=sorted(PROVIDERS), help="default: the package's own")
     options = parser.parse_args(arguments)
-    provider = PROVIDERS[options.provider] if options.provider else None
+    try:
+        return _lint(options.package, PROVIDERS.get(options.provider))
+    except BrokenPipeError:  # the reader has left; what is still buffered goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _lint(package: Path, provider: str | None) -> int:
     status = 0
-    for path in find_graphs(options.package, provider):
+    for path in find_graphs(package, provider):
         try:
             model = ir.load(path)
         except Exception as error:
-            told = f"{path} cannot be read as a model: {error}"
+            told = f"{path} cannot be read as a model ({error}): give a package folder"
             print(f"targets.lint: error: {told}", file=sys.stderr)
             return 2
         checked = provider or model.metadata_props.get("sambay.provider", CPU)
@@ -208,7 +217,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for problem in problems:
             print(problem)
         verdict = f"{len(problems)} nodes have no kernel" if problems else "every node has a kernel"
-        print(f"{path}: {verdict} of {checked}")
+        print(f"{path}: {verdict} of {checked}", flush=True)
         if checked == CUDA:
             _print_capture(path, model)
         status = 1 if problems else status

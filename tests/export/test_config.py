@@ -105,6 +105,10 @@ def test_context_length_is_the_tokenizers_but_never_longer_than_allowed(
         ({"sliding_window": -1}, "sliding_window is -1"),
         ({"layer_norm_eps": "tiny"}, "layer_norm_eps is 'tiny'"),
         ({"eos_token_id": "end"}, "eos_token_id is 'end'"),
+        (
+            {"eos_token_id": [3, 10**6]},
+            "eos_token_id is [3, 1000000], expected ids below vocab_size",
+        ),
         ({"pad_token_id": -1}, "pad_token_id is -1"),
     ],
     ids=str,

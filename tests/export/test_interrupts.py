@@ -68,19 +68,19 @@ def test_a_termination_is_held_as_an_interrupt() -> None:
 
 
 INTERRUPTED_EARLY = """
-import signal, sys
+import runpy, signal, sys
 def strike(event, details):
     if event == "import" and details[0] == "rich.console":
         signal.raise_signal(signal.SIGINT)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.addaudithook(strike)
-from export.start import main
-sys.exit(main())
+runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)
 """
 
 
-def test_ctrl_c_while_the_command_is_loaded_ends_it_quietly() -> None:
-    command = [sys.executable, "-c", INTERRUPTED_EARLY, "--list-targets"]
+@pytest.mark.parametrize("module", ["export.start", "export.verify"])
+def test_ctrl_c_while_the_command_is_loaded_ends_it_quietly(module: str) -> None:
+    command = [sys.executable, "-c", INTERRUPTED_EARLY, module, "--help"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
 

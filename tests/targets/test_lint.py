@@ -1,8 +1,11 @@
 """What targets.lint finds, and that it finds nothing in the packages of our own targets."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
@@ -18,6 +21,7 @@ from targets.lint import KERNELS, PROVIDERS, lint, main, why_not_captured
 from targets.package import write_package
 from targets.target import CPU, Target
 
+ROOT = Path(__file__).parents[2]
 DML = "DmlExecutionProvider"
 CUDA = "CUDAExecutionProvider"
 QNN = "QNNExecutionProvider"
@@ -186,3 +190,19 @@ def test_the_command_tells_faults_and_status(
     assert "with their bodies, 19 hindrances" in capsys.readouterr().out
     assert main([str(tmp_path / "nothing")]) == 2
     assert "cannot be read" in capsys.readouterr().err
+
+
+def test_a_reader_that_leaves_ends_the_command_quietly(tmp_path) -> None:
+    nodes = "".join(f"y{n} = Det (x) " for n in range(9000))
+    model = ir.from_onnx_text(
+        f'<ir_version: 10, opset_import: ["" : 18]> g (float[2,2] x) => (float y0) {{ {nodes} }}'
+    )
+    ir.save(model, tmp_path / "model.onnx")
+    command = [sys.executable, "-m", "targets.lint", str(tmp_path), "--provider", "qnn"]
+    with subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None and process.stderr is not None  # noqa: PT018
+        assert b"no kernel" in process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr.read() == b""
