@@ -18,7 +18,7 @@ import onnxruntime as ort
 
 from runtime_py.errors import PackageError
 from runtime_py.interrupts import whole
-from runtime_py.states import IDS, LOGITS, MASK, PAST, PRESENT
+from runtime_py.states import IDS, LOGITS, MASK, PAST, POSITIONS, PRESENT
 
 CPU = "CPUExecutionProvider"
 
@@ -112,6 +112,7 @@ class Pipeline:
         values = dict(binding.inputs)
         values[IDS] = _value(np.pad(ids, ((0, 0), (padding, 0))))
         values[MASK] = _value(mask)
+        values[POSITIONS] = _value(np.zeros((1, tokens), np.int64))
         for stage, session in self._stages:
             if stage.tokens in (None, tokens):
                 _run_stage(session, values, binding.outputs)

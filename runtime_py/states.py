@@ -17,6 +17,7 @@ import onnxruntime as ort
 from runtime_py.errors import PackageError
 
 IDS, MASK, LOGITS = "input_ids", "attention_mask", "logits"
+POSITIONS = "position_ids"  # which some of several graphs take and none reads
 PAST, PRESENT = "past_key_values.", "present."
 GROWING = "capacity"
 DTYPES: dict[str, np.dtype[Any]] = {

@@ -8,7 +8,8 @@ from graph_passes.pipeline import Pass
 from targets.target import Graph, Target
 
 MODEL = "model.onnx"
-_CALL = ("input_ids", "attention_mask")  # what the caller gives, with the states
+# What the caller gives, with the states.
+_CALL = ("input_ids", "attention_mask", "position_ids")
 _PAST = "past_key_values."
 
 

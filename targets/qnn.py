@@ -30,6 +30,7 @@ from graph_passes.replace_scan_loop import replace_scan_loop
 from graph_passes.replace_scatter import replace_scatter
 from graph_passes.set_accuracy_level import set_accuracy_level
 from graph_passes.store_caches_in_float16 import store_caches_in_float16
+from graph_passes.take_positions import take_positions
 from graph_passes.use_native_matmul import use_native_matmul
 from targets.target import CPU, Graph, Integers, Target
 from targets.weights import INT4, INT8
@@ -71,7 +72,12 @@ def _for_calls_of(tokens: int, name: str) -> tuple[Graph, Graph]:
             name=f"{name}_embedding",
             provider=CPU,
             tokens=tokens,
-            passes=(*sized, partial(keep_part, part="tokens")),
+            passes=(
+                *sized,
+                partial(keep_part, part="tokens"),
+                # GenAI counts the tokens of a later prompt wrongly, and so its positions.
+                *((partial(take_positions, tokens=tokens),) if tokens > 1 else ()),
+            ),
         ),
         Graph(
             name=name,
@@ -97,8 +103,8 @@ _GRAPHS = (
     ),
 )
 
-# For --activations uint16. The residual stream stays float: its largest numbers stand beside its
-# smallest in one tensor, and one scale for both loses the smallest.
+# For --activations uint16. One scale for a whole tensor loses its small numbers where a few are
+# large: those of the residual stream are 50 times the typical one, those of a gated scan 400 times.
 _INTEGERS = Integers(
     part="fixed",
     operators=("MatMulNBits", "Add", "Mul", "Sigmoid"),
@@ -111,6 +117,7 @@ _INTEGERS = Integers(
         "SelectiveScan",  # with its softplus
         "residual",
     ),
+    wide=("GatedMemoryUnit",),
 )
 
 W4A16 = Target(

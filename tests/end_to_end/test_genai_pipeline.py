@@ -66,3 +66,27 @@ def test_a_rewind_is_refused(package: Package) -> None:
     generator.generate_next_token()
     with pytest.raises(RuntimeError, match="not supported for decoder-pipeline"):
         generator.rewind_to(0)
+
+
+@pytest.mark.parametrize("later", [1, 7, 64, 100])
+@pytest.mark.parametrize("generated", [0, 3])
+def test_a_later_prompt_is_refused_and_not_read_wrongly(
+    package: Package, generated: int, later: int
+) -> None:
+    """GenAI adds one token to its mask, whatever their number; the positions it gives tell."""
+    generator = package.generator()
+    generator.append_tokens(np.arange(1, 20, dtype=np.int32))
+    for _ in range(generated):
+        generator.generate_next_token()
+    with pytest.raises(RuntimeError, match=r"input: position_ids .*\n.*Got: 1 Expected: 64"):
+        generator.append_tokens(np.arange(1, 1 + later, dtype=np.int32))
+
+
+def test_a_conversation_goes_on_with_a_new_generator(package: Package) -> None:
+    ids = np.random.default_rng(0).integers(0, 256, 90).astype(np.int32)
+    first = package.generator()
+    first.append_tokens(ids[:40])
+    again = package.generator()
+    again.append_tokens(ids)
+    expected = package.ours.start().step(ids)
+    np.testing.assert_allclose(again.get_logits()[0], expected, atol=0.15)  # cut elsewhere, float16
