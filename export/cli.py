@@ -19,7 +19,7 @@ from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
-from export.console import bytes_progress, stdout_console
+from export.console import bytes_progress, stdout_console, whole
 from export.interrupts import hold_interrupts, interrupt_on_termination, keep_interrupts
 from export.verify.options import (
     RANKED_TOKENS,
@@ -197,7 +197,7 @@ def _list_targets() -> None:
     for target in TARGETS:
         name = f"{target.name} (default)" if target is DEFAULT else target.name
         table.add_row(name, target.provider, target.summary)
-    _print(table)
+    _print(whole(table))
 
 
 def _inspect(source: str | Path) -> None:
@@ -222,7 +222,7 @@ def _rank(options: argparse.Namespace, console: Console) -> None:
             return lambda count: progress.advance(task, count)
 
         found = measure_sensitivity(open_checkpoint(_source(options)), settings, begin)
-    _print(ranking_table(found))
+    _print(whole(ranking_table(found)))
 
 
 def _print(result: RenderableType) -> None:

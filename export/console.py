@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, Task, TextColumn
 from rich.progress import TimeRemainingColumn as Remaining
+from rich.table import Table
 from rich.text import Text
 
 _WIDEST = 10_000  # columns
@@ -35,6 +36,13 @@ def stdout_console() -> Iterator[Console]:
         # What is still buffered goes nowhere, so that the exit does not complain again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise OSError(f"cannot write to stdout: {error.strerror}") from error
+
+
+def whole(table: Table) -> Table:
+    """The table, cutting no cell: on a narrow terminal it goes on in the next line."""
+    for column in table.columns:
+        column.overflow = "fold"
+    return table
 
 
 def bytes_progress(console: Console) -> Progress:

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from export.checkpoint import Checkpoint, StoredTensor
 from export.config import SambaYConfig
+from export.console import whole
 from export.tensors import layer_of
 
 DEPTHS = (0, 2048, 8192, 32_768, 65_536)  # tokens a session holds
@@ -68,7 +69,7 @@ def _layers(checkpoint: Checkpoint) -> Table:
         kind = checkpoint.config.layer_kind(layer).replace("_", " ")
         _add_row(table, str(layer), kind, groups[layer])
     _add_row(table, "", "embedding, final norm, head", groups[None])
-    return table
+    return whole(table)
 
 
 def _add_row(table: Table, layer: str, kind: str, tensors: list[StoredTensor]) -> None:
@@ -91,7 +92,7 @@ def _states(config: SambaYConfig) -> Table:
     for cache in _CELL:
         sums = [sum(state_bytes(config, tokens, cache).values()) for tokens in DEPTHS]
         table.add_row(f"all, {cache}", *map(decimal, sums))
-    return table
+    return whole(table)
 
 
 def _parameters(tensors: Iterable[StoredTensor]) -> int:

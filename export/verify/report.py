@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Column, Table
 
+from export.console import whole
 from export.tensors import layer_of
 from export.verify.bounds import Bound
 from export.verify.compare import Error
@@ -122,7 +123,7 @@ def print_report(report: Report, console: Console) -> None:
         numbers = [f"{found[name]:.2g}" for name in ("kl_mean", "kl_p99", "kl_max")]
         agreement = f"{found['top1_agreement']:.2%}"
         table.add_row(sample, f"{found['tokens']:g}", *numbers, agreement, ratio)
-    console.print(table)
+    console.print(whole(table))
     _print_layers(report, console)
     _print_states(report, console)
     _print_weights(report, console)
@@ -144,7 +145,7 @@ def _print_layers(report: Report, console: Console) -> None:
         row += [decibels(each.error.snr_db), decibels(each.own.snr_db)]
     for row in rows.values():
         table.add_row(*row)
-    console.print(table)
+    console.print(whole(table))
 
 
 def _print_states(report: Report, console: Console) -> None:
@@ -154,13 +155,12 @@ def _print_states(report: Report, console: Console) -> None:
         rows.setdefault(each.state, [each.state]).append(error_cells(each.error)[0])
     for row in rows.values():
         table.add_row(*row)
-    console.print(table)
+    console.print(whole(table))
 
 
 def _print_weights(report: Report, console: Console) -> None:
     titles = _right("weights", "MB", "mean dB", "least dB")
-    worst_name = Column("weight that lost most", overflow="fold")
-    table = Table("stored as", *titles, worst_name, box=None)
+    table = Table("stored as", *titles, "weight that lost most", box=None)
     for label in sorted({weight.stored for weight in report.weights}):
         group = [weight for weight in report.weights if weight.stored == label]
         worst = min(group, key=lambda each: each.snr_db)
@@ -169,7 +169,7 @@ def _print_weights(report: Report, console: Console) -> None:
         lost = worst.name if math.isfinite(worst.snr_db) else ""
         ratios = decibels(mean), decibels(worst.snr_db)
         table.add_row(label, str(len(group)), size, *ratios, lost)
-    console.print(table)
+    console.print(whole(table))
 
 
 def _right(*titles: str) -> list[Any]:

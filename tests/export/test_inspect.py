@@ -26,8 +26,8 @@ PUBLISHED = {
 }
 
 
-def shown(folder: Path) -> str:
-    console = Console(width=80)
+def shown(folder: Path, width: int = 80) -> str:
+    console = Console(width=width)
     with console.capture() as capture:
         console.print(describe(open_checkpoint(folder)))
     return capture.get()
@@ -113,3 +113,7 @@ def test_states_of_the_published_shape_have_the_specified_sizes(published: Path)
         "window rings": 4 * 8 * 2 * 512 * 20 * 64,
         "shared keys, values": 4 * 2 * 1000 * 20 * 64,
     }
+
+
+def test_a_narrow_terminal_loses_no_digit(published: Path) -> None:
+    assert "…" not in shown(published, width=40)
