@@ -8,6 +8,8 @@ the process makes a given system call, or, while it traces, after a given time.
 import json
 import os
 import random
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+from export.cli import REFERENCE
+from tests.end_to_end.random_weights import write_checkpoint
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and POSIX signals")
 
@@ -229,3 +234,61 @@ def test_a_full_disk_gives_one_line_and_leaves_nothing(
     assert "nothing was kept; choose another folder" in said
     assert said.count("\n") == 1
     assert names(tmp_path) == []
+
+
+# Rows for two passes of GPTQ and a short one, columns for many of its lazy updates; a text that is
+# two sequences of the calibration.
+WIDE = {
+    "hidden_size": 256,
+    "intermediate_size": 2080,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "sliding_window": 64,
+    "vocab_size": 800,
+    "max_position_embeddings": 4096,
+}
+CALIBRATION_MOMENTS = {
+    "a layer is done": ("os.rename", "flows_1.pt.part"),
+    "that it is done is written": ("os.rename", "calibration.json.part"),
+    "inputs are kept": ("os.rename", "layers.2.mlp.fc1.weight.npy.part"),
+    "a weight is quantized": ("open", "layers.3.mlp.fc2.weight.npy'"),
+}
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wide") / "checkpoint"
+    write_checkpoint(folder, {"model_type": "phi4flash", **WIDE}, "BF16")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(REFERENCE / name, folder)
+    text = (REFERENCE / "quantization.txt").read_text(encoding="utf-8")
+    (folder / "quantization.txt").write_text(text[:4000], encoding="utf-8")
+    return folder
+
+
+@pytest.mark.slow
+def test_an_interrupted_calibration_leads_to_the_same_package(
+    export_c4: Exporter, wide: Path, tmp_path: Path
+) -> None:
+    def export(name: str, moment: tuple[str, str, int] | None = None) -> int:
+        """Exit status; without the library, which a build of it would change meanwhile."""
+        told = ["--checkpoint", str(wide), "--quantizer", "gptq", "--portable"]
+        cache = ["--calibration-cache", str(tmp_path / f"{name} moments")]
+        status, said = export_c4(tmp_path / name, *told, *cache, moment=moment, trace=True)
+        assert said == INTERRUPTED or status != 130
+        return status
+
+    def written(name: str) -> dict[str, bytes]:
+        files = contents(tmp_path / name)
+        files["manifest.json"] = re.sub(rb'"created": .*', b"", files["manifest.json"])
+        return files
+
+    assert export("whole") == 0
+    whole = written("whole")
+    for number, status in ((signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)):
+        for moment in CALIBRATION_MOMENTS.values():  # each goes on where the one before has stopped
+            assert export(number.name, (*moment, number)) == status
+            assert not (tmp_path / number.name).exists()
+        assert export(number.name) == 0
+        assert written(number.name) == whole
