@@ -34,6 +34,7 @@ CHUNK = 1024  # tokens of a text that are run as a text of their own
 
 _INDEX = "calibration.json"
 _FEWEST = 128  # tokens
+_SIDE = 1280  # of the squares that symmetric moments are added in
 
 
 class CalibrationError(ValueError):
@@ -185,11 +186,14 @@ class _Collection:
             normed = functional.layer_norm(
                 flow.hidden[0], scale.shape, scale, shift, config.layer_norm_eps
             )
-            moments.addmm_(normed.T, normed)
+            _add_products(moments, normed)
         self._keep(EMBEDDING if checkpoint.tied_head else HEAD, moments)
 
     def _keep(self, name: str, moments: Tensor) -> None:
         moments /= len(self._ids)
+        for start in range(0, len(moments), _SIDE):  # what was left out
+            part = slice(start, start + _SIDE)
+            moments[start + _SIDE :, part] = moments[part, start + _SIDE :].T
         with _replacing(_moments_path(self._folder, name)) as path, path.open("wb") as file:
             np.save(file, moments.numpy())
         self._names.append(name)
@@ -249,10 +253,16 @@ class _Recorder(TorchFunctionMode):
             return
         self._seen[name] = x
         rows = x.detach().reshape(-1, x.shape[-1])
-        moments = self.moments.get(name)
-        if moments is None:
-            moments = self.moments[name] = torch.zeros(rows.shape[1], rows.shape[1])
-        moments.addmm_(rows.T, rows)
+        if name not in self.moments:
+            self.moments[name] = torch.zeros(rows.shape[1], rows.shape[1])
+        _add_products(self.moments[name], rows)
+
+
+def _add_products(moments: Tensor, rows: Tensor) -> None:
+    """Add x x^T of every row; of what stands twice, being symmetric, only the upper squares."""
+    for start in range(0, len(moments), _SIDE):
+        part = slice(start, start + _SIDE)
+        moments[part, start:].addmm_(rows[:, part].T, rows[:, start:])
 
 
 def _weight_names(layer: Layer) -> dict[int, str]:

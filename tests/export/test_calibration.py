@@ -18,12 +18,14 @@ from export.weights import load_weights
 CHECKPOINT = open_checkpoint(Path(__file__).parents[1] / "golden" / "A8")
 IDS = np.random.default_rng(4).integers(0, CHECKPOINT.config.vocab_size, 200).tolist()
 CHUNK = 80
+SIDE = 48  # of squares, so that the moments of every layer have several
 
 
 @pytest.fixture(autouse=True)
 def short_texts(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.set_num_threads(1)
     monkeypatch.setattr(calibration, "CHUNK", CHUNK)
+    monkeypatch.setattr(calibration, "_SIDE", SIDE)
 
 
 def moments_of_the_whole_model() -> dict[str, np.ndarray]:
@@ -61,6 +63,7 @@ def test_layer_by_layer_gives_the_moments_of_the_whole(tmp_path: Path) -> None:
         actual = found[name].second_moments()
         np.testing.assert_allclose(actual, moments, atol=1e-4 * moments.max(), err_msg=name)
         np.testing.assert_array_equal(found[name].mean_squares(), np.diagonal(actual))
+        np.testing.assert_array_equal(actual, actual.T)
 
 
 def test_rows_of_a_weight_have_its_inputs(tmp_path: Path) -> None:
