@@ -36,6 +36,13 @@ struct Facts {
   std::vector<int64_t> ends;
 };
 
+int64_t whole_number(const std::string& text) {
+  if (text.empty() || text.find_first_not_of("0123456789") != std::string::npos) {
+    throw std::invalid_argument("'" + text + "' is no number: give token ids");
+  }
+  return std::stoll(text);
+}
+
 Options parse(int count, char** arguments) {
   Options options;
   for (int i = 1; i < count; ++i) {
@@ -45,11 +52,11 @@ Options parse(int count, char** arguments) {
     if (argument == "--library") {
       options.library = arguments[++i];
     } else if (argument == "--room") {
-      options.room = std::stoll(arguments[++i]);
+      options.room = whole_number(arguments[++i]);
     } else if (options.model.empty()) {
       options.model = argument;
     } else {
-      options.prompt.push_back(std::stoll(argument));
+      options.prompt.push_back(whole_number(argument));
     }
   }
   if (options.prompt.empty()) {
@@ -128,8 +135,23 @@ std::deque<std::vector<uint8_t>> bind_states(const Ort::Session& session, const 
   return memory;
 }
 
+// Not every kernel looks whether a token is one: an embedding would be read beyond its end.
+void check(const Options& options, const Facts& facts) {
+  for (const int64_t id : options.prompt) {
+    if (id >= facts.vocabulary) {
+      throw std::invalid_argument("token " + std::to_string(id) + " is not of the vocabulary of " +
+                                  std::to_string(facts.vocabulary));
+    }
+  }
+  if (static_cast<int64_t>(options.prompt.size()) > options.room) {
+    throw std::invalid_argument("the prompt has " + std::to_string(options.prompt.size()) +
+                                " tokens: give --room for it and the answer");
+  }
+}
+
 void decode(Ort::Session& session, const Options& options) {
   const Facts facts = read_facts(session, options.room);
+  check(options, facts);
   Ort::IoBinding binding(session);
   const auto states = bind_states(session, options, facts, binding);
   const auto cpu = Ort::MemoryInfo::CreateCpu(OrtArenaAllocator, OrtMemTypeDefault);

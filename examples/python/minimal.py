@@ -53,6 +53,8 @@ def answer(package: Path, question: str, room: int = 512) -> Iterator[int]:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit("usage: python minimal.py PACKAGE PROMPT")
     folder = Path(sys.argv[1])
     decode = Tokenizer.from_file(str(folder / "tokenizer.json")).decode
     print(decode(list(answer(folder, sys.argv[2]))))

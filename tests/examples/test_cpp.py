@@ -61,10 +61,15 @@ def test_its_greedy_ids_are_those_of_our_runtime(program, expected, target, nati
         ([], "usage"),
         (["missing.onnx", "1"], "missing.onnx"),
         (["missing.onnx", "--room"], "--room needs a value"),
+        (["missing.onnx", "1", "two"], "'two' is no number"),
+        (["{package}", "800"], "token 800 is not of the vocabulary of 800"),
+        (["{package}", "--room", "2", "1", "2", "3"], "the prompt has 3 tokens: give --room"),
     ],
 )
-def test_it_says_in_one_line_what_is_wrong(program, arguments, says) -> None:
-    found = subprocess.run([program, *arguments], capture_output=True, text=True)
+def test_it_says_in_one_line_what_is_wrong(program, expected, arguments, says) -> None:
+    package = expected("cpu-int4").package / "model.onnx"
+    given = [argument.format(package=package) for argument in arguments]
+    found = subprocess.run([program, *given], capture_output=True, text=True)
     assert found.returncode == 2
     assert says in found.stderr
     assert found.stderr.count("\n") == 1
