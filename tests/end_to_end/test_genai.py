@@ -227,10 +227,17 @@ def test_packages_of_other_providers_run_on_the_cpu_with_their_prompts_cut(
     generator = og.Generator(model, parameters)
     ids = text(300)
     generator.append_tokens(ids)
-    logits = generator.get_logits()[0]
-    np.testing.assert_allclose(logits, ours.start().step(ids), atol=0.15)
-    assert logits.argmax() == ours.start().step(ids).argmax()
+    logits, sequence = generator.get_logits()[0], ours.start()
+    expected = sequence.step(ids)
+    np.testing.assert_allclose(logits, expected, atol=0.15)
+    assert logits.argmax() == expected.argmax()
     assert not list(folder.glob("sambay_ops*"))
+    # Later prompts are not cut: the caller does it.
+    generator.append_tokens(text(ours.chunk, 1))
+    expected = sequence.step(text(ours.chunk, 1))
+    np.testing.assert_allclose(generator.get_logits()[0], expected, atol=0.15)
+    with pytest.raises(RuntimeError, match="broadcast"):
+        generator.append_tokens(text(ours.chunk + 1, 2))
 
 
 @pytest.mark.skipif(library_path() is None, reason="the native operators were not built")
