@@ -61,6 +61,10 @@ def find_model(path: str | os.PathLike[str]) -> Path:
         return given / MODEL_FILE
     if read_stages(given / MANIFEST):
         return given / MANIFEST
+    if any(given.glob("*.safetensors")):
+        raise PackageError(
+            f"{given} is a checkpoint, expected a package: phi4export --checkpoint {given}"
+        )
     raise PackageError(f"{given} holds no {MODEL_FILE}; give the folder that phi4export wrote")
 
 

@@ -261,6 +261,12 @@ def edit_model(package: Path, **metadata: Any) -> None:
     (package / "manifest.json").unlink()  # it knows the old size
 
 
+def exchange(package: Path, folder: Path) -> None:
+    """Put another folder in a package's place."""
+    shutil.rmtree(package)
+    shutil.copytree(folder, package)
+
+
 def empty(path: Path) -> None:
     if path.is_dir():
         shutil.rmtree(path)
@@ -272,6 +278,10 @@ def empty(path: Path) -> None:
 PACKAGES: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "nothing": (shutil.rmtree, ("does not exist", "give a package folder")),
     "empty folder": (empty, ("holds no model.onnx", "give the folder")),
+    "a checkpoint": (
+        lambda p: exchange(p, C4),
+        ("is a checkpoint, expected a package", "phi4export --checkpoint"),
+    ),
     "empty model": (lambda p: empty(p / "model.onnx"), ("has 0 bytes", "manifest.json", "again")),
     "no data": (lambda p: (p / "model.onnx.data").unlink(), ("model.onnx.data is missing", "copy")),
     "half the data": (
@@ -296,7 +306,7 @@ def test_a_bad_package_is_refused(package: Path, line: Line, case: str) -> None:
     damage(package)
     for given in (package, package / "model.onnx"):
         said = line(chat_module.main, given, "--prompt", "hi")
-        if given == package or case not in ("nothing", "empty folder"):
+        if given == package or case not in ("nothing", "empty folder", "a checkpoint"):
             assert str(package) in said
             for piece in pieces:
                 assert piece in said
