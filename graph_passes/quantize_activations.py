@@ -46,6 +46,7 @@ def quantize_activations(
     dtype: ir.DataType = ir.DataType.UINT16,
     operators: Iterable[str] = tuple(OPERATORS),
     islands: Iterable[str] | None = None,
+    wide: Iterable[str] = (),
     part: str | None = None,
 ) -> None:
     """Put QuantizeLinear and DequantizeLinear behind what integer operators read and write.
@@ -67,6 +68,7 @@ def quantize_activations(
         dtype: one of DTYPES.
         operators: those of OPERATORS that are computed in integers.
         islands: operators that may compute in floats: so no recipe gets one unseen. None: any.
+        wide: islands whose results have too wide a range: what reads them is an island, too.
         part: one of ``keep_part.PARTS``, whose nodes alone are looked at; None looks at all.
 
     Raises:
@@ -75,7 +77,7 @@ def quantize_activations(
     """
     if dtype not in DTYPES:
         raise ValueError(f"quantize_activations: dtype is {dtype}, expected one of {DTYPES}")
-    found = _Quantized(model, operators, part)
+    found = _Quantized(model, operators, wide, part)
     if islands is not None:
         found.check_islands(frozenset(islands))
     pairs = _Pairs(model, dtype)
@@ -94,6 +96,7 @@ def find_quantized(
     model: ir.Model,
     *,
     operators: Iterable[str] = tuple(OPERATORS),
+    wide: Iterable[str] = (),
     part: str | None = None,
 ) -> list[str]:
     """Names of the activations whose ranges the pass needs.
@@ -103,7 +106,7 @@ def find_quantized(
     Raises:
         ValueError: an operator or a part that there is not.
     """
-    found = _Quantized(model.clone(), operators, part, any_weight=True)
+    found = _Quantized(model.clone(), operators, wide, part, any_weight=True)
     sources = dict.fromkeys(found.values.values())
     return [source.name or "" for source in sources if _constant(source) is None]
 
@@ -130,6 +133,7 @@ class _Quantized:
         self,
         model: ir.Model,
         operators: Iterable[str],
+        wide: Iterable[str],
         part: str | None,
         *,
         any_weight: bool = False,
@@ -150,10 +154,11 @@ class _Quantized:
         self._islands: dict[str, ir.Node] = {}  # by kind, one of each
         moving = set(model.graph.inputs)  # what follows from inputs, not from weights alone
         self._moving, self._any_weight = moving, any_weight
+        self._wide = frozenset(wide)
         for node in model.graph:
             if any(value in moving for value in node.inputs):
                 moving.update(node.outputs)
-            if places.get(node) != part:
+            if places.get(node) != part or self._reads_wide(node):
                 continue
             if self._kind(node) in chosen and node.domain != "ai.sambay":
                 self._take(node)
@@ -176,6 +181,10 @@ class _Quantized:
     def _kind(self, node: ir.Node) -> str:
         residual = node.op_type == "Add" and all(value in self._moving for value in node.inputs)
         return RESIDUAL if residual else node.op_type
+
+    def _reads_wide(self, node: ir.Node) -> bool:
+        producers = (value.producer() for value in node.inputs if value is not None)
+        return any(each is not None and each.op_type in self._wide for each in producers)
 
     def _computes(self, node: ir.Node) -> bool:
         output = node.outputs[0]

@@ -40,7 +40,7 @@ def values_to_measure(model: ir.Model, target: Target, activations: str) -> list
         ValueError: nothing of the target can be integers.
     """
     found = integers_of(target, activations)
-    return find_quantized(model, operators=found.operators, part=found.part)
+    return find_quantized(model, operators=found.operators, wide=found.wide, part=found.part)
 
 
 def with_activations(target: Target, activations: str, ranges: Ranges) -> Target:
@@ -60,6 +60,7 @@ def with_activations(target: Target, activations: str, ranges: Ranges) -> Target
         dtype=INTEGER[activations],
         operators=found.operators,
         islands=found.islands,
+        wide=found.wide,
         part=found.part,
     )
 

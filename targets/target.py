@@ -37,11 +37,13 @@ class Integers:
         part: of the graph, one of ``graph_passes.keep_part.PARTS``.
         operators: in integers, see ``graph_passes.quantize_activations``.
         islands: all others of that part, which stay floats.
+        wide: those whose results stay floats, and what reads them.
     """
 
     part: str
     operators: tuple[str, ...]
     islands: tuple[str, ...]
+    wide: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

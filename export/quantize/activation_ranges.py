@@ -19,7 +19,8 @@ from export.quantize.calibration import CHUNK, CalibrationError
 from export.verify.package_slices import SlicedPackage, Track
 
 CLIPS = ("minmax", "percentile", "mse")
-_FEWEST, _MOST = 128, 4 * CHUNK  # tokens; more moves no limit that counts
+_FEWEST, _MOST = 128, 4 * CHUNK  # tokens
+_HEADROOM = 2.0  # times the limits: a bit of 16, for texts that go further than this one
 _PERCENTILE = 99.999  # of the numbers lie between the limits
 _STEPS = 64  # limits tried on each side for the least squared error
 
@@ -59,18 +60,18 @@ def measure_ranges(
     names: Iterable[str],
     *,
     clip: str = "mse",
-    bits: int = 16,
     library: Path | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> ActivationRanges:
-    """Limits of a graph's values on some 4000 tokens of a text, taken from all over it.
+    """Limits for 16 bits: twice those on some 4000 tokens of a text, taken from all over it.
+
+    One bit of 16 costs nothing that can be seen; a number that is clipped costs the answer.
 
     Args:
         model: as traced.
         ids: tokens of the text.
         names: of the values.
         clip: one of CLIPS.
-        bits: that numbers will be rounded to.
         library: see ``collect_ranges``.
         progress: see ``collect_ranges``.
 
@@ -85,7 +86,11 @@ def measure_ranges(
         )
     read = _spread(ids)
     found = collect_ranges(model, read, names, library=library, progress=progress)
-    return ActivationRanges(choose_ranges(found, clip=clip, bits=bits), clip=clip, tokens=len(read))
+    limits = {
+        name: (_HEADROOM * low, _HEADROOM * high)
+        for name, (low, high) in choose_ranges(found, clip=clip).items()
+    }
+    return ActivationRanges(limits, clip=clip, tokens=len(read))
 
 
 def _spread(ids: Sequence[int]) -> list[int]:

@@ -131,7 +131,6 @@ def with_activations_as_told(
         ids,
         names,
         clip=told.ranges or "mse",
-        bits=INTEGER[told.integer].bitwidth,
         library=library_path(),
         progress=advance,
     )

@@ -1,7 +1,7 @@
 """Packages of several graphs: on the CPU provider, and on QNN's emulator of the processor.
 
-All graphs for the NPU compute in float16 throughout. What that may cost is bounded by what storing
-weights in 8 bits may: see ``LOSS``.
+The graphs for the NPU compute in float16, or in integers between islands of it. What that may cost
+is bounded by what storing weights in 8 bits may: see ``LOSS``.
 """
 
 from __future__ import annotations
@@ -80,6 +80,22 @@ def package(traced: ir.Model, tmp_path_factory: pytest.TempPathFactory) -> Make:
     return make
 
 
+@pytest.fixture(scope="module")
+def integers(tmp_path_factory: pytest.TempPathFactory) -> Make:
+    """Packages with integer activations, as the command line makes them."""
+    made: dict[str, Path] = {}
+
+    def make(target: Target) -> Path:
+        if target.name not in made:
+            folder = tmp_path_factory.mktemp("integers") / target.name
+            told = ["--target", target.name, "--activations", "uint16", "-o", str(folder)]
+            assert main(told) == 0
+            made[target.name] = folder
+        return made[target.name]
+
+    return make
+
+
 def wide(target: Target) -> Target:
     """The same weights, computed in float32 in one graph."""
     ours = ("cleanup", "store_caches_in_float16", "replace_scatter")
@@ -107,16 +123,51 @@ def check_loss(pairs: np.ndarray, least: int = 30) -> None:
     assert (wanted.argmax(1) == got.argmax(1)).mean() >= KEPT
 
 
-@by_target
-def test_next_tokens_are_those_of_float32(package: Make, target: Target) -> None:
-    wanted, got = on_cpu(package(wide(target))), on_cpu(package(target))
+def answers(wanted: Session, got: Session) -> np.ndarray:
+    """Logits [calls, 2, vocab] of greedy answers."""
     pairs = []
     for prompt in PROMPTS:
         runs, ids = (wanted.start(), got.start()), wanted.tokenizer.encode(prompt)
         while ids[0] not in wanted.config.eos_token_ids and len(pairs) < 100:
             pairs.append([run.step(ids)[0] for run in runs])
             ids = [int(pairs[-1][0].argmax())]
-    check_loss(np.array(pairs))
+    return np.array(pairs)
+
+
+@by_target
+def test_next_tokens_are_those_of_float32(package: Make, target: Target) -> None:
+    check_loss(answers(on_cpu(package(wide(target))), on_cpu(package(target))))
+
+
+def test_integer_activations_lose_as_little_also_far_into_a_text(
+    package: Make, integers: Make
+) -> None:
+    wanted, got = on_cpu(package(wide(NPU[0]))), on_cpu(integers(NPU[0]))
+    check_loss(answers(wanted, got))
+    text = (REFERENCE / "calibration.txt").read_text(encoding="utf-8")
+    runs, ids = (wanted.start(), got.start()), wanted.tokenizer.encode(text)
+    pairs = [[run.step([token])[0] for run in runs] for token in ids]
+    check_loss(np.array(pairs), least=1300)
+
+
+def test_integer_activations_leave_states_and_files_as_they_are(
+    package: Make, integers: Make
+) -> None:
+    folders = package(NPU[0]), integers(NPU[0])
+    for graph in NPU[0].graphs:
+        plain, integer = (ir.load(folder / f"{graph.name}.onnx").graph for folder in folders)
+        for values in ("inputs", "outputs"):
+            edges = [
+                [(v.name, v.dtype, str(v.shape)) for v in getattr(each, values) if "." in v.name]
+                for each in (plain, integer)
+            ]
+            assert edges[0] == edges[1]
+        pairs = sum(node.op_type == "QuantizeLinear" for node in integer)
+        assert pairs > 40 if graph.name in ("prefill", "decode") else pairs == 0
+    manifest = json.loads((folders[1] / "manifest.json").read_text(encoding="utf-8"))
+    for graph in manifest["graphs"]:
+        assert "ActivationRanges(values=54, clip='mse', tokens=4096" in " ".join(graph["passes"])
+    assert lint([str(folders[1])]) == 0
 
 
 @by_target
@@ -276,6 +327,17 @@ def test_answers_on_the_emulator_are_those_of_float32(
 ) -> None:
     """Layers 0..M on the NPU alone, no node of them on the CPU, free-running."""
     run_there(ON_HTP, package(target), package(wide(target)), tmp_path / "logits.npy", *PROMPTS[:2])
+    check_loss(np.load(tmp_path / "logits.npy"))
+
+
+@on_emulator
+@by_target
+def test_integer_activations_on_the_emulator_give_the_answers_of_float32(
+    package: Make, integers: Make, target: Target, tmp_path: Path
+) -> None:
+    """uint16 between islands of float16, weights in blocks: one graph, no node on the CPU."""
+    folders = integers(target), package(wide(target))
+    run_there(ON_HTP, *folders, tmp_path / "logits.npy", *PROMPTS[:2])
     check_loss(np.load(tmp_path / "logits.npy"))
 
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from targets import DEFAULT, find_target
 from targets.recipes import recipe_of
 from targets.target import Target
 
+NPU = ["--target", "qnn-npu-w4a16", "--activations", "uint16"]
 TEXT = "<|user|>What is 12 + 7?<|end|><|assistant|>2+7+0=9c0 1+0+0=1c0 19<|end|>" * 12
 
 
@@ -73,6 +75,14 @@ def test_gptq_collects_what_it_needs_and_keeps_it_where_told(tmp_path: Path) -> 
         (["--recipe", "{text}"], "recipe .*text.txt: "),
         (["--recipe", "{wrong}"], r"wrong.txt: format of 'default': block_size is 24"),
         (["--recipe", "{wrong}", "--size-budget", "1MB"], "both choose the bits"),
+        (["--activations", "uint16"], "choice of NPU targets, and cpu-int4 is for CPU"),
+        (["--activations", "float16", "--target", "directml-int4"], "choice of NPU targets"),
+        ([*NPU, "--calibration", "{empty}"], "empty.txt is empty"),
+        ([*NPU, "--calibration", "{short}"], "tokens, expected 128 or more"),
+        ([*NPU, "--calibration", "{none}"], "none.txt cannot be read"),
+        ([*NPU, "--calibration-cache", "x"], "add --quantizer gptq"),
+        ([*NPU, "--checkpoint", "{bare}"], "activations need text of the kind .*--calibration"),
+        (["--ranges", "mse"], "--ranges mse would not be used: .*add --activations uint16"),
     ],
 )
 def test_bad_input_gives_one_line(
@@ -87,6 +97,8 @@ def test_bad_input_gives_one_line(
     for name, contents in files.items():
         (tmp_path / f"{name}.txt").write_text(contents)
     paths = {name: tmp_path / f"{name}.txt" for name in (*files, "none")}
+    paths["bare"] = tmp_path / "bare"
+    shutil.copytree(REFERENCE, paths["bare"], ignore=lambda *_: ["quantization.txt"])
     output = tmp_path / "package"
     status = main([*(argument.format(**paths) for argument in arguments), "-o", str(output)])
     error = capsys.readouterr().err.strip()
