@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 _ROWS = 16  # of logits in float64 at once: 26 MB at a vocabulary of 200,064
+_LARGEST_EXPONENT = 709
 _DECADES = np.arange(-10, 2.01, 0.5)  # edges of the histogram, as powers of ten
 
 
@@ -65,28 +66,30 @@ def divergence(reference: np.ndarray, logits: np.ndarray) -> np.ndarray:
         [..., rows].
     """
     found = np.empty(logits.shape[:-1])
-    for start in range(0, len(reference), _ROWS):
-        rows = slice(start, start + _ROWS)
+    for rows in _blocks(len(reference)):
         wanted = log_softmax(reference[rows])
         probabilities = np.exp(wanted)
-        entropies = _dot(probabilities, wanted)
         for model in np.ndindex(logits.shape[:-2]):
             given = log_softmax(logits[*model, rows])
-            nats = entropies - _dot(probabilities, given)
-            # Below zero is rounding.
-            found[*model, rows] = np.where(np.isnan(nats), np.inf, np.maximum(nats, 0))
+            found[*model, rows] = _nats(probabilities, wanted, given)
     return found
 
 
-def _dot(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Inner products of rows."""
-    return np.einsum("ij,ij->i", first, second)
+def _blocks(rows: int) -> Iterator[slice]:
+    return (slice(start, start + _ROWS) for start in range(0, rows, _ROWS))
+
+
+def _nats(probabilities: np.ndarray, wanted: np.ndarray, given: np.ndarray) -> np.ndarray:
+    """Divergence of rows by their probabilities' logarithms; infinite where there is no number."""
+    nats = np.einsum("ij,ij->i", probabilities, wanted - given)
+    return np.where(np.isnan(nats), np.inf, np.maximum(nats, 0))  # below zero is rounding
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
-    """Logarithms of the probabilities, float64 [rows, vocab]."""
+    """Logarithms of the probabilities, float64 [rows, vocab]; NaN in a row that is not finite."""
     shifted = logits.astype(np.float64)
-    shifted -= shifted.max(-1, keepdims=True)
+    with np.errstate(invalid="ignore"):
+        shifted -= shifted.max(-1, keepdims=True)
     shifted -= np.log(np.exp(shifted).sum(-1, keepdims=True))
     return shifted
 
@@ -113,17 +116,22 @@ class TokenQuality:
             reference, logits: [tokens, vocab].
             following: the token after each; one fewer at the text's end.
         """
-        self.divergences += divergence(reference, logits).tolist()
-        self.agreed += (reference.argmax(-1) == logits.argmax(-1)).tolist()
-        for row, token in enumerate(following):
-            for source, losses in ((reference, self.reference_losses), (logits, self.losses)):
-                losses.append(-float(log_softmax(source[row : row + 1])[0, token]))
+        for rows in _blocks(len(reference)):
+            wanted, given = log_softmax(reference[rows]), log_softmax(logits[rows])
+            self.divergences += _nats(np.exp(wanted), wanted, given).tolist()
+            # One NaN makes a row of them, whose largest is the first.
+            agreed = (wanted.argmax(-1) == given.argmax(-1)) & ~np.isnan(given[:, 0])
+            self.agreed += agreed.tolist()
+            tokens = list(following[rows])
+            places = range(len(tokens)), tokens
+            self.reference_losses += (-wanted[places]).tolist()
+            self.losses += (-given[places]).tolist()
 
     def summary(self) -> dict[str, float]:
         """Mean, median and extremes of the divergence, agreement, perplexities."""
         kl = np.array(self.divergences)
         own, reference = (
-            np.mean(each or [math.nan]) for each in (self.losses, self.reference_losses)
+            float(np.mean(each or [math.nan])) for each in (self.losses, self.reference_losses)
         )
         return {
             "tokens": len(kl),
@@ -132,9 +140,9 @@ class TokenQuality:
             "kl_p99": float(np.quantile(kl, 0.99, method="lower")),
             "kl_max": float(kl.max()),
             "top1_agreement": float(np.mean(self.agreed)),
-            "perplexity": math.exp(own),
-            "reference_perplexity": math.exp(reference),
-            "perplexity_ratio": math.exp(own - reference),
+            "perplexity": _exp(own),
+            "reference_perplexity": _exp(reference),
+            "perplexity_ratio": _exp(own - reference),
         }
 
     def histogram(self) -> tuple[list[float], list[int]]:
@@ -142,3 +150,8 @@ class TokenQuality:
         powers = np.log10(np.maximum(self.divergences, 1e-300)).clip(_DECADES[0], _DECADES[-1])
         counts, edges = np.histogram(powers, _DECADES)
         return edges.tolist(), counts.tolist()
+
+
+def _exp(nats: float) -> float:
+    """Infinite where a damaged package is surprised beyond all numbers."""
+    return math.inf if nats > _LARGEST_EXPONENT else math.exp(nats)

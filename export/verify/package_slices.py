@@ -261,7 +261,6 @@ class SlicedPackage:
     def _feeds(
         self, part: Slice, session: ort.InferenceSession, track: Track, start: int, stop: int
     ) -> dict[str, np.ndarray]:
-        whole = {**track.states, **track.carried}
         feeds: dict[str, np.ndarray] = {}
         for name in _names(session.get_inputs()):
             if name == _IDS:
@@ -274,7 +273,7 @@ class SlicedPackage:
             elif name in track.states:
                 feeds[name] = track.states[name]  # the filled shared cache
             elif name in track.carried:
-                feeds[name] = np.ascontiguousarray(whole[name][:, start:stop])
+                feeds[name] = np.ascontiguousarray(track.carried[name][:, start:stop])
         return feeds
 
 

@@ -7,6 +7,7 @@ from html import escape
 from pathlib import Path
 
 from export.verify import svg
+from export.verify.bounds import Bound
 from export.verify.report import Report, bytes_by_kind, decibels, error_cells
 
 
@@ -17,7 +18,7 @@ def write_html(report: Report, path: Path) -> None:
     bounds = _table(
         ("bound", "found", "limit", ""),
         [
-            (b.what, _number(b.value), f"{'≤' if b.at_most else '≥'} {b.limit:g}", _mark(b.held))
+            (b.what, _found(b), f"{'≤' if b.at_most else '≥'} {b.limit:g}", _mark(b.held))
             for b in report.bounds
         ],
     )
@@ -112,8 +113,14 @@ def _table(titles: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     return f"<table><thead>{row(titles, 'th')}</thead><tbody>{body}</tbody></table>"
 
 
+def _found(bound: Bound) -> str:
+    """A ratio without end is of what is exact; a divergence without end is none."""
+    exact = bound.value == math.inf and not bound.at_most
+    return "exact" if exact else _number(bound.value)
+
+
 def _number(value: float) -> str:
-    return f"{value:.4g}" if math.isfinite(value) else ("exact" if value > 0 else "no number")
+    return f"{value:.4g}" if math.isfinite(value) else "no number"
 
 
 def _mark(held: bool) -> str:

@@ -222,6 +222,10 @@ def test_a_weight_that_is_no_number_is_found(export, tmp_path: Path, capsys) -> 
     weights = {weight["name"]: weight for weight in read(tmp_path)["weights"]}
     found = weights["model.layers.2.mlp.fc1.weight"]
     assert [found[key] for key in ("snr_db", "worst_row_db", "largest")] == [None] * 3
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    row = re.search(r"<tr><td>model\.layers\.2\.mlp\.fc1\.weight</td>.*?</tr>", page)
+    assert row is not None
+    assert row[0].count("no number") == 3
 
 
 @pytest.mark.parametrize(("options", "told"), [
@@ -238,16 +242,26 @@ def test_a_stated_bound_holds_for_any_text(
     assert re.search(told, capsys.readouterr().err)
 
 
-def test_logits_that_are_no_numbers_exceed_every_bound() -> None:
+@pytest.mark.parametrize("damage", [np.nan, np.inf])
+def test_logits_that_are_no_numbers_exceed_every_bound(damage: float) -> None:
     quality = TokenQuality()
     wanted = np.random.default_rng(0).standard_normal((3, 8))
     found = wanted.copy()
-    found[1, 2] = np.nan
+    found[1, wanted[1].argmax()] = damage
     quality.add(wanted, found, [1, 2])
     assert quality.divergences == [0, np.inf, 0]
+    assert quality.agreed == [True, False, True]
     assert sum(quality.histogram()[1]) == 3
     bounds = token_bounds("text", quality, 4, vocabulary=8, kl=1e9, top1=0)
     assert [bound.held for bound in bounds] == [False, True]
+
+
+def test_a_surprise_beyond_all_numbers_is_infinite() -> None:
+    quality = TokenQuality()
+    quality.add(np.zeros((2, 8)), 1e6 * np.eye(2, 8), [5])
+    found = quality.summary()
+    assert found["perplexity"] == found["perplexity_ratio"] == np.inf
+    assert found["reference_perplexity"] == pytest.approx(8)
 
 
 def test_states_keep_no_session_in_memory(export) -> None:
