@@ -8,7 +8,6 @@ Source: com.microsoft.MatMulNBits, com.microsoft.GatherBlockQuantized and Dequan
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -221,19 +220,27 @@ def _linear(node: ir.Node) -> tuple[str, _Stored] | None:
         return None
     axis, block = node.attributes.get_int("axis", 1), node.attributes.get_int("block_size", 0)
     bits, name = int(data.dtype.bitwidth), str(node.inputs[0].name)  # type: ignore[union-attr]
+    on_rows = axis % len(data.shape) == (1 if _transposed(name) else 0)  # the axis, oriented
 
-    @functools.cache
-    def whole() -> np.ndarray:
-        values = data.numpy().astype(np.float32)
-        factor, middle = (
-            np.float32(0) if each is None else _spread(each.numpy(), values.shape, axis, block)
-            for each in (scale, zero)
-        )
-        return _oriented(name, (values - middle) * factor)
+    def rows(start: int, stop: int) -> np.ndarray:
+        values = _float32(_oriented(name, data.numpy())[start:stop])
+
+        def spread(tensor: ir.TensorProtocol) -> np.ndarray:
+            """Scales or zero points as they are to be broadcast over these rows."""
+            parts = _float32(_oriented(name, tensor.numpy()))
+            if parts.size == 1:
+                return parts.reshape(())
+            if block and on_rows:
+                return parts[np.arange(start, stop) // block]
+            if block:
+                return np.repeat(parts[start:stop], block, axis=1)[:, : values.shape[1]]
+            return parts[start:stop, None] if on_rows else parts
+
+        return (values - (0 if zero is None else spread(zero))) * spread(scale)
 
     tensors = tuple(each for each in (data, scale, zero) if each is not None)
     label = f"{bits} bit, block {block}" if block else f"{bits} bit, per channel"
-    return name, _Stored(tensors, label, bits, lambda start, stop: whole()[start:stop])
+    return name, _Stored(tensors, label, bits, rows)
 
 
 def _plain(name: str, tensor: ir.TensorProtocol) -> _Stored:
@@ -245,16 +252,6 @@ def _plain(name: str, tensor: ir.TensorProtocol) -> _Stored:
     return _Stored((tensor,), label, bits, rows)
 
 
-def _spread(array: np.ndarray, shape: tuple[int, ...], axis: int, block: int) -> np.ndarray:
-    """Scales or zero points in the shape of what they belong to."""
-    values = array.astype(np.float32)
-    if block:
-        return np.repeat(values, block, axis=axis).take(range(shape[axis]), axis=axis)
-    if values.size == 1:
-        return values.reshape(())
-    return values.reshape([-1 if at == axis % len(shape) else 1 for at in range(len(shape))])
-
-
 def _unpack(stored: np.ndarray, bits: int) -> np.ndarray:
     """Values [rows, n * 8 / bits] of bytes [rows, n], the first in the low half."""
     if bits == 8:
@@ -262,8 +259,13 @@ def _unpack(stored: np.ndarray, bits: int) -> np.ndarray:
     return np.stack([stored & 0xF, stored >> 4], axis=-1).reshape(len(stored), -1)
 
 
+def _transposed(name: str) -> bool:
+    return "transposed" in name.split(".")
+
+
 def _oriented(name: str, array: np.ndarray) -> np.ndarray:
-    return array.T if "transposed" in name.split(".") else array
+    """As in the checkpoint."""
+    return array.T if _transposed(name) else array
 
 
 def _float32(array: np.ndarray) -> np.ndarray:
