@@ -87,6 +87,8 @@ def quantized_as_told(
         ValueError: a recipe, a quantizer or a calibration text that cannot be used; or a target
             that stores its weights in full.
     """
+    if told.integer is not None:
+        _find_text(checkpoint, told.calibration, "integer activations need")  # before any work
     recipe = _recipe(target, told)
     if recipe is None or not recipe.calibrated:
         yield target if recipe is None else with_recipe(target, recipe)
@@ -189,14 +191,7 @@ def _calibrate(
 
 def _read_ids(checkpoint: Checkpoint, text: Path | None, who_needs: str) -> list[int]:
     """Tokens of the text that is told, or of the one beside the weights."""
-    if text is None:
-        text = checkpoint.folder / TEXT
-        if not text.is_file():
-            raise CalibrationError(
-                f"{who_needs} text of the kind the model is for: give a UTF-8 file of "
-                f"some 50 KB as --calibration FILE, or put one at {text}"
-            )
-    contents = read_text(text)
+    contents = read_text(_find_text(checkpoint, text, who_needs))
     with tempfile.TemporaryDirectory() as scratch:
         write_tokenizer(checkpoint.folder, Path(scratch))
         if not (Path(scratch) / "tokenizer.json").is_file():
@@ -205,3 +200,13 @@ def _read_ids(checkpoint: Checkpoint, text: Path | None, who_needs: str) -> list
                 "published tokenizer files there"
             )
         return Tokenizer(Path(scratch)).encode(contents)
+
+
+def _find_text(checkpoint: Checkpoint, told: Path | None, who_needs: str) -> Path:
+    text = told or checkpoint.folder / TEXT
+    if told is None and not text.is_file():
+        raise CalibrationError(
+            f"{who_needs} text of the kind the model is for: give a UTF-8 file of "
+            f"some 50 KB as --calibration FILE, or put one at {text}"
+        )
+    return text

@@ -78,7 +78,6 @@ def test_gptq_collects_what_it_needs_and_keeps_it_where_told(tmp_path: Path) -> 
         (["--activations", "uint16"], "choice of NPU targets, and cpu-int4 is for CPU"),
         (["--activations", "float16", "--target", "directml-int4"], "choice of NPU targets"),
         ([*NPU, "--calibration", "{empty}"], "empty.txt is empty"),
-        ([*NPU, "--calibration", "{short}"], "tokens, expected 128 or more"),
         ([*NPU, "--calibration", "{none}"], "none.txt cannot be read"),
         ([*NPU, "--calibration-cache", "x"], "add --quantizer gptq"),
         ([*NPU, "--checkpoint", "{bare}"], "activations need text of the kind .*--calibration"),

@@ -7,7 +7,13 @@ import pytest
 
 from export.checkpoint import open_checkpoint
 from export.cli import REFERENCE
-from export.quantize.activation_ranges import CLIPS, Histogram, choose_ranges, collect_ranges
+from export.quantize.activation_ranges import (
+    CLIPS,
+    Histogram,
+    choose_ranges,
+    collect_ranges,
+    measure_ranges,
+)
 from export.quantize.calibration import CalibrationError
 from export.trace import trace
 from export.verify.compare import divergence
@@ -104,6 +110,37 @@ def test_integer_operators_read_and_write_pairs_and_islands_are_left_alone(
     assert integer > 40
     before, after = ([value.name for value in each.graph.outputs] for each in (traced, found))
     assert before == after
+
+
+def test_what_reads_a_wide_result_or_is_left_out_stays_float(traced, histograms) -> None:
+    operators = [name for name in OPERATORS if name not in ("residual", "MatMulNBits")]
+    settings = {"operators": operators, "wide": ["GatedMemoryUnit"], "part": "fixed"}
+    names = find_quantized(traced, **settings)
+    stored, ranges = quantize_matmul_channels(traced), choose_ranges(histograms)
+    found = quantize_activations(stored, ranges={name: ranges[name] for name in names}, **settings)
+    assert not any(name.startswith("gated_memory_unit") for name in names)
+    readers = {
+        use.node.op_type: use.node
+        for node in found.graph
+        if node.op_type == "GatedMemoryUnit"
+        for use in node.outputs[0].uses()
+    }
+    assert set(readers) == {"MatMul"}
+    sums = [n for n in found.graph if n.op_type == "Add" and n.inputs[1].producer() is not None]
+    assert any(each.inputs[0].producer().op_type == "Add" for each in sums)  # unbroken
+    islands = ["LayerNormalization", "CausalConvWithState"]
+    with pytest.raises(ValueError, match=r"\(SelectiveScan\) would be computed in floats"):
+        quantize_activations(stored, ranges=ranges, islands=islands, part="fixed")
+
+
+def test_limits_of_16_bits_have_room_for_other_texts(traced, histograms) -> None:
+    text = ids("quantization.txt")
+    found = measure_ranges(traced, text[:1500], list(histograms), library=library_path())
+    for name, (low, high) in choose_ranges(histograms).items():
+        assert found[name] == (2 * low, 2 * high)
+    assert repr(found).startswith(f"ActivationRanges(values={len(histograms)}, clip='mse', tokens=")
+    with pytest.raises(CalibrationError, match="has 100 tokens, expected 128 or more"):
+        measure_ranges(traced, text[:100], list(histograms))
 
 
 def test_a_missing_or_impossible_range_is_named(traced, histograms) -> None:
