@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from rich.console import Console
 from export.checkpoint import Checkpoint, open_checkpoint
 from export.console import stdout_console
 from export.verify.bounds import layer_bound, token_bounds, weight_bounds
-from export.verify.measure import Sample, measure
+from export.verify.measure import Sample, Stage, measure
 from export.verify.options import Settings, add_options, settings_of
 from export.verify.package_slices import SlicedPackage
 from export.verify.page import write_html
@@ -81,7 +81,7 @@ def verify(path: Path, source: str | Path, settings: Settings, console: Console)
         )
     checkpoint = open_checkpoint(source)
     threads = settings.threads or _threads_for(checkpoint)
-    package = SlicedPackage(file, library=library_path(), threads=threads)
+    package = SlicedPackage.of_file(file, library=library_path(), threads=threads)
     if package.config != json.loads(checkpoint.config.to_json()):
         raise VerifyError(
             f"{file.parent} was exported from another model than {checkpoint.folder}: their sizes "
@@ -90,15 +90,11 @@ def verify(path: Path, source: str | Path, settings: Settings, console: Console)
     notes: list[str] = []
     samples = [_random_tokens(checkpoint), *_text(file.parent, checkpoint, settings, notes)]
     with console.status("reading weights") as status:
-
-        def stage(text: str) -> None:
-            status.update(text)
-
-        damaged = _changed_files(file.parent, stage)
-        stage("comparing weights")
+        damaged = _changed_files(file.parent, status.update)
+        status.update("comparing weights")
         weights, left_out = compare_weights(package.model, checkpoint)
         with torch_threads(settings.threads, checkpoint):
-            measured = measure(checkpoint, package, samples, stage)
+            measured = measure(checkpoint, package, samples, status.update)
     if left_out:
         notes.append(f"weights stored in another shape, not compared: {', '.join(left_out)}")
     bits = min(package.cache_bits, *(each.bits for each in weights if len(each.shape) > 1), 32)
@@ -179,7 +175,7 @@ def read_sample(tokenizer: Tokenizer, checkpoint: Checkpoint, settings: Settings
     return Sample(file.name, np.array([ids], np.int64))
 
 
-def _changed_files(package: Path, stage: Any) -> list[str]:
+def _changed_files(package: Path, stage: Stage) -> list[str]:
     """Files that are not as the manifest says."""
     manifest = package / "manifest.json"
     if not manifest.is_file():

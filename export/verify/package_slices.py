@@ -84,14 +84,35 @@ class SlicedPackage:
         config: the metadata ``sambay.config``.
     """
 
-    def __init__(self, path: Path, *, library: Path | None, threads: int | None = None) -> None:
-        """Read the graph of a package, no weights.
+    def __init__(
+        self, model: ir.Model, folder: Path, *, library: Path | None, threads: int | None = None
+    ) -> None:
+        """Cut a graph whose weights lie in one folder.
 
         Args:
-            path: the model file; its weights lie beside it.
+            model: a package's, or as traced.
+            folder: of the files with its weights.
             library: of native operators, as a session of the whole would register it; used for
                 a package for processors.
             threads: of one operator; None lets ONNX Runtime choose.
+
+        Raises:
+            SliceError: its layers cannot be told apart.
+        """
+        self._model, self._folder, self._threads = model, folder, threads
+        metadata = model.metadata_props
+        # Native operators take what packages for a processor hold; others run by their bodies.
+        self._library = library if metadata.get("sambay.provider", _CPU) == _CPU else None
+        self.config = json.loads(metadata["sambay.config"])
+        most = int(metadata["sambay.max_tokens"]) if "sambay.max_tokens" in metadata else None
+        every = metadata.get("sambay.logits") == "all"
+        self.slices = _cut(model.graph, self.config, every, most)
+
+    @classmethod
+    def of_file(
+        cls, path: Path, *, library: Path | None, threads: int | None = None
+    ) -> SlicedPackage:
+        """A package's model file, beside which its weights lie; these are not read.
 
         Raises:
             SliceError: this is no graph of ours, or its layers cannot be told apart.
@@ -102,13 +123,17 @@ class SlicedPackage:
             raise SliceError(f"{path} cannot be read as an ONNX model ({error})") from error
         if "sambay.config" not in model.metadata_props:
             raise SliceError(f"{path} has no metadata sambay.config: give a package of phi4export")
-        self._begin(model, path.parent, library, threads)
+        return cls(model, path.parent, library=library, threads=threads)
 
     @classmethod
     def of_graph(
         cls, model: ir.Model, *, library: Path | None, threads: int | None = None
     ) -> SlicedPackage:
-        """The same of a graph as traced, whose weights lie in the checkpoint's files."""
+        """A graph as traced, whose weights lie in the checkpoint's files.
+
+        Raises:
+            SliceError: these lie in several folders.
+        """
         files = {
             os.path.realpath(value.const_value.path)
             for value in model.graph.initializers.values()
@@ -117,21 +142,7 @@ class SlicedPackage:
         folders = {os.path.dirname(file) for file in files}
         if len(folders) > 1:
             raise SliceError(f"the checkpoint's files lie in several folders: {sorted(folders)}")
-        sliced = cls.__new__(cls)
-        sliced._begin(model, Path(folders.pop() if folders else "."), library, threads)
-        return sliced
-
-    def _begin(
-        self, model: ir.Model, folder: Path, library: Path | None, threads: int | None
-    ) -> None:
-        self._model, self._folder, self._threads = model, folder, threads
-        metadata = model.metadata_props
-        # Native operators take what packages for a processor hold; others run by their bodies.
-        self._library = library if metadata.get("sambay.provider", _CPU) == _CPU else None
-        self.config = json.loads(metadata["sambay.config"])
-        most = int(metadata["sambay.max_tokens"]) if "sambay.max_tokens" in metadata else None
-        every = metadata.get("sambay.logits") == "all"
-        self.slices = _cut(model.graph, self.config, every, most)
+        return cls(model, Path(folders.pop() if folders else "."), library=library, threads=threads)
 
     @property
     def model(self) -> ir.Model:

@@ -265,7 +265,7 @@ def test_a_surprise_beyond_all_numbers_is_infinite() -> None:
 
 
 def test_states_keep_no_session_in_memory(export) -> None:
-    package = SlicedPackage(find_model(export(None, "cpu-int8")), library=None, threads=1)
+    package = SlicedPackage.of_file(find_model(export(None, "cpu-int8")), library=None, threads=1)
     track = Track(np.arange(40)[None])
     for part in package.slices[:7]:
         package.run(part, package.open(part), track)
