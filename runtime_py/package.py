@@ -121,6 +121,8 @@ def _open_graph(
     options.intra_op_num_threads = threads or _physical_cores()
     options.inter_op_num_threads = 1
     options.log_severity_level = 4  # an error arrives as an exception, told once
+    if chosen[0] == CUDA:  # its fast kernels for symmetric blocks are off unless asked for
+        options.add_session_config_entry("ep.cuda.fpa_intb_gemm", "1")
     # A library pins our operators to its provider and knows the types of packages for it.
     library = library_path(made_for) if chosen[0] == made_for else None
     try:
