@@ -1,11 +1,14 @@
 import dataclasses
+import json
+import re
 from collections.abc import Callable
+from pathlib import Path
 
 import onnx_ir as ir
 import pytest
 
 from graph_passes.pipeline import describe_pass, run_passes
-from graph_passes.recipe import Recipe, WeightFormat
+from graph_passes.recipe import Recipe, WeightFormat, recipe_from_json
 from targets import DEFAULT, TARGETS, find_target
 from targets.recipes import recipe_of, with_recipe
 from targets.target import Target
@@ -42,6 +45,21 @@ def test_another_recipe_is_what_is_written_and_printed(traced: Callable[[], ir.M
     ]
     assert {node.inputs[1].name.split(".")[-3]: len(node.inputs) for node in nodes}["fc1"] == 4
     assert any("block_size=64" in describe_pass(apply) for apply in target.passes)
+
+
+def test_the_recipe_with_float32_scales_in_the_docs_is_that_of_the_default_target() -> None:
+    def wide(form: WeightFormat) -> WeightFormat:
+        return dataclasses.replace(form, scale_type="float32")
+
+    page = Path(__file__).parents[2] / "docs" / "quantization.md"
+    blocks = re.findall("```json\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    (told,) = (json.loads(block) for block in blocks if '"scale_type": "float32"' in block)
+    usual = recipe_of(DEFAULT)
+    assert recipe_from_json(told) == Recipe(
+        default=wide(usual.default),
+        embedding=wide(usual.embedding),
+        rules=tuple((pattern, wide(form)) for pattern, form in usual.rules),
+    )
 
 
 def test_a_target_that_stores_weights_in_full_takes_no_recipe() -> None:
