@@ -36,6 +36,7 @@ _END: tuple[Pass, ...] = (
 )
 
 _OPTIONS = {
+    # The graph can be captured; "0" until a GPU has confirmed the tokens.
     "provider_options": [{"cuda": {"enable_cuda_graph": "0"}}],
     # The fast kernels for symmetric 4- and 8-bit blocks are off unless asked for.
     "ep.cuda.fpa_intb_gemm": "1",
