@@ -64,11 +64,12 @@ By `python -m benchmarks.targets DIR --folder PACKAGES`; machine, versions and d
   `ep.cuda.fpa_intb_gemm` turns the fast 4-bit kernels on.
 - `qnn-npu-*` packages hold five graphs that share one file of weights. Layers 0..M and the keys and
   values of layer M+1 run on the NPU, prompts in calls of 64 tokens, all in float16: the processor
-  has nothing wider. Embedding and masks before it, attention over the growing cache and what
-  follows run on the CPU: of these only the last token of a call is seen, and one token at a time is
-  bound by reading weights on either processor. One row; no `--verify`, no `--all-logits`. On QNN's
-  emulator free-running answers stayed within what 8-bit weights may cost (mean KL divergence 0.002,
-  99 % of tokens kept). Not run on a device. Compile on the device, once:
+  has nothing wider; `--activations uint16` makes linear layers, sums and gates
+  [integers](quantization.md#integer-activations). Embedding and masks before it, attention over the
+  growing cache and what follows run on the CPU: of these only the last token of a call is seen, and
+  one token at a time is bound by reading weights on either processor. One row; no `--verify`, no
+  `--all-logits`. On QNN's emulator free-running answers stayed within what 8-bit weights may cost
+  (mean KL divergence 0.002, 99 % of tokens kept). Not run on a device. Compile on the device, once:
   `python -m runtime_py.compile PACKAGE`.
 - WebGPU: integers (positions, masks, slots) are computed on the processor beside the device,
   everything else on it.
@@ -95,7 +96,19 @@ def _recipe(target: Target) -> str:
     limit = f"At most {target.max_context} tokens in GenAI. " if target.max_context else ""
     options = json.dumps(dict(target.session_options))
     graphs = "".join(map(_graph, target.graphs))
-    return f"\n### {target.name}\n\n{passes}{graphs}\n{limit}GenAI session options: `{options}`.\n"
+    told = f"{limit}GenAI session options: `{options}`.\n{_integers(target)}"
+    return f"\n### {target.name}\n\n{passes}{graphs}\n{told}"
+
+
+def _integers(target: Target) -> str:
+    found = target.integers
+    if found is None:
+        return ""
+    return (
+        f"\n`--activations uint16` computes {', '.join(found.operators)} of what is "
+        f"`{found.part}` in integers. Floats there: {', '.join(found.islands)}, and what reads "
+        f"{', '.join(found.wide)}.\n"
+    )
 
 
 def _graph(graph: Graph) -> str:
