@@ -240,7 +240,8 @@ def _measured(name: str, costs: Mapping[str, tuple[float, float]]) -> float | No
     if stem not in costs:
         raise BudgetError(f"the costs are of another model, they lack {stem!r}: measure this one's")
     divergence, ratio = costs[stem]
-    return float(divergence * 10 ** (ratio / 10))
+    # A weight that is exact in 4 bits, such as one of zeros, has no noise to lose by.
+    return 0.0 if math.isinf(ratio) else float(divergence * 10 ** (ratio / 10))
 
 
 def _relative_noise(tensor: ir.TensorProtocol, form: WeightFormat) -> float:

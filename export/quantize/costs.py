@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 FORMAT, FORMAT_VERSION = "sambay-sensitivity", 1
 
-Costs = dict[str, tuple[float, float]]  # mean KL and weight ratio (dB), by name of the weight
+# Mean KL and weight ratio (dB), by name of the weight; an exact weight has an infinite one.
+Costs = dict[str, tuple[float, float]]
 
 
 def read_costs(path: Path) -> Costs:
@@ -21,7 +23,7 @@ def read_costs(path: Path) -> Costs:
         if contents["format"] != FORMAT:
             raise ValueError(f"format is {contents['format']!r}")
         return {
-            str(each["name"]): (float(each["kl"]), float(each["snr_db"]))
+            str(each["name"]): (float(each["kl"]), _ratio(each["snr_db"]))
             for each in contents["weights"]
         }
     except (KeyError, TypeError, ValueError) as error:
@@ -29,3 +31,7 @@ def read_costs(path: Path) -> Costs:
             f"{path} is no ranking of weights ({error}): write one with "
             "phi4export --sensitivity --json FILE"
         ) from error
+
+
+def _ratio(stored: float | None) -> float:
+    return math.inf if stored is None else float(stored)

@@ -277,11 +277,14 @@ def ranking_table(found: list[Sensitivity]) -> Table:
 
 
 def ranking_json(found: list[Sensitivity], checkpoint: Checkpoint, tokens: int) -> dict[str, Any]:
-    """For other programs, and for ``export.quantize.costs``."""
+    """For other programs, and for ``export.quantize.costs``; a ratio of what is exact is null."""
     return {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "checkpoint": checkpoint.folder.absolute().name,
         "tokens": tokens,
-        "weights": [asdict(each) for each in found],
+        "weights": [
+            asdict(each) | ({} if math.isfinite(each.snr_db) else {"snr_db": None})
+            for each in found
+        ],
     }

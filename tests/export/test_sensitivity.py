@@ -1,6 +1,7 @@
 """Every weight is quantized alone, and the ranking says what the model loses with it."""
 
 import json
+import math
 import struct
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from export.checkpoint import Checkpoint, open_checkpoint
 from export.cli import REFERENCE
 from export.cli import main as phi4export
 from export.quantize.costs import read_costs
-from export.quantize.sensitivity import Sensitivity, matrices, rank, work
+from export.quantize.sensitivity import Sensitivity, matrices, rank, ranking_json, work
 from export.verify.compare import divergence
 from export.weights import load_weights
 from graph_passes.block_quantization import dequantize, quantize
@@ -95,6 +96,15 @@ def logits(checkpoint: Checkpoint, changed: str | None) -> np.ndarray:
     states = model.initial_states(1, capacity=32)
     found, _, _ = model(torch.from_numpy(IDS), torch.ones(1, 20), states, all_logits=True)
     return found[0].numpy()
+
+
+def test_an_exact_weight_costs_nothing_and_is_valid_json(tmp_path: Path) -> None:
+    found = [Sensitivity("a.weight", (2, 2), 4, snr, 0.0, 0.0) for snr in (math.inf, 20.5)]
+    contents = ranking_json(found, open_checkpoint(GOLDEN), 8)
+    assert [each["snr_db"] for each in contents["weights"]] == [None, 20.5]
+    file = tmp_path / "costs.json"
+    file.write_text(json.dumps({**contents, "weights": contents["weights"][:1]}, allow_nan=False))
+    assert read_costs(file) == {"a.weight": (0.0, math.inf)}
 
 
 def test_the_command_prints_a_table_and_writes_what_a_budget_reads(tmp_path: Path, capsys) -> None:

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import re
 from pathlib import Path
 
@@ -106,8 +107,8 @@ def test_the_budget_is_met_from_below(model: ir.Model, usual: int, times: float)
 def test_measured_costs_decide_what_is_kept(model: ir.Model, usual: int) -> None:
     dear = "model.layers.3.mlp.fc1.weight"
     names = matrices(open_checkpoint(REFERENCE))
-    for costly in (True, False):
-        costs = dict.fromkeys(names, (1.0, 20.0)) | {dear: (1e6 if costly else 1e-6, 20.0)}
+    for cost, costly in (((1e6, 20.0), True), ((1e-6, 20.0), False), ((1e-15, math.inf), False)):
+        costs = dict.fromkeys(names, (1.0, 20.0)) | {dear: cost}
         recipe = recipe_of(fit_target(model, cpu.INT4, int(1.3 * usual), others=0, costs=costs))
         kept = resolve(recipe.default, dict(recipe.rules).get(dear, 4))
         assert (kept is None) if costly else (kept.bits == 4)
