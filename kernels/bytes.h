@@ -54,7 +54,7 @@ inline Bytes high_halves(Bytes a) {
 inline Ints set_ints(int32_t x) { return {_mm512_set1_epi32(x)}; }
 inline Ints load_ints(const int32_t* p) { return {_mm512_loadu_si512(p)}; }
 inline Ints operator+(Ints a, Ints b) { return {_mm512_add_epi32(a.v, b.v)}; }
-inline Ints times_128(Ints a) { return {_mm512_slli_epi32(a.v, 7)}; }
+inline Ints times_256(Ints a) { return {_mm512_slli_epi32(a.v, 8)}; }
 inline Vec to_floats(Ints a) { return {_mm512_cvtepi32_ps(a.v)}; }
 inline Bytes repeat_four(const void* p) {
   int32_t four;
@@ -110,7 +110,7 @@ inline Ints load_ints(const int32_t* p) {
   return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))};
 }
 inline Ints operator+(Ints a, Ints b) { return {_mm256_add_epi32(a.v, b.v)}; }
-inline Ints times_128(Ints a) { return {_mm256_slli_epi32(a.v, 7)}; }
+inline Ints times_256(Ints a) { return {_mm256_slli_epi32(a.v, 8)}; }
 inline Vec to_floats(Ints a) { return {_mm256_cvtepi32_ps(a.v)}; }
 inline Bytes repeat_four(const void* p) {
   int32_t four;
@@ -158,7 +158,7 @@ inline Bytes high_halves(Bytes a) { return {vshrq_n_u8(a.v, 4)}; }
 inline Ints set_ints(int32_t x) { return {vdupq_n_s32(x)}; }
 inline Ints load_ints(const int32_t* p) { return {vld1q_s32(p)}; }
 inline Ints operator+(Ints a, Ints b) { return {vaddq_s32(a.v, b.v)}; }
-inline Ints times_128(Ints a) { return {vshlq_n_s32(a.v, 7)}; }
+inline Ints times_256(Ints a) { return {vshlq_n_s32(a.v, 8)}; }
 inline Vec to_floats(Ints a) { return {vcvtq_f32_s32(a.v)}; }
 inline Bytes repeat_four(const void* p) {
   uint32_t four;
@@ -203,8 +203,8 @@ inline Ints operator+(Ints a, Ints b) {
   for (int i = 0; i < 4; ++i) a.v[i] += b.v[i];
   return a;
 }
-inline Ints times_128(Ints a) {
-  for (int32_t& lane : a.v) lane *= 128;
+inline Ints times_256(Ints a) {
+  for (int32_t& lane : a.v) lane *= 256;
   return a;
 }
 inline Vec to_floats(Ints a) {

@@ -3,7 +3,7 @@
 // The weights are read where they lie, as the file has them: a process keeps no second copy. Inputs are
 // quantized in blocks of 32, products of integers are exact, and every such block's sum is scaled and
 // added in float32; a larger block of weights is as many of 32 with the same scale. An input is taken as
-// one signed byte, or as two, 128 * high + low: 15 bits, next to exact. One token is bound by reading the
+// one signed byte, or as two, 256 * high + low: 16 bits, next to exact. One token is bound by reading the
 // weights, so its second byte costs nothing.
 
 namespace sambay::SAMBAY_ISA {
@@ -13,7 +13,7 @@ constexpr int kGroup = kWidth / 4;     // blocks of 4-bit weights in a vector
 constexpr int kChunk = 16;             // blocks unpacked at once: the tile and the inputs stay in L1
 constexpr int kTile = 2;               // vectors of outputs that a task computes
 constexpr int kTileTokens = 4;           // tokens whose sums are in registers at once
-constexpr int64_t kExactTokens = 8;    // up to here inputs have 15 bits in any case
+constexpr int64_t kExactTokens = 8;    // up to here inputs have 16 bits in any case
 constexpr int64_t kTaskBytes = 65536;  // weights that a task of one token reads, at least
 
 inline int64_t round_up(int64_t count, int64_t group) { return (count + group - 1) / group * group; }
@@ -85,7 +85,7 @@ template <int kBits, int kPlanes, int64_t kGrouped>
 inline void QuantizedInputs<kBits, kPlanes, kGrouped>::quantize_block(const float* x, int64_t count,
                                                                       int8_t* out, float* scale,
                                                                       int32_t* offset) const {
-  constexpr float kLimit = kPlanes == 2 ? 128.0f * kLargestInput + 63.0f : 1.0f * kLargestInput;
+  constexpr float kLimit = kPlanes == 2 ? 257.0f * kLargestInput : 1.0f * kLargestInput;
   constexpr int kHalf = kQuantBlock / 2;
   alignas(64) float block[kQuantBlock];
   if (count < kQuantBlock) {
@@ -112,6 +112,7 @@ inline void QuantizedInputs<kBits, kPlanes, kGrouped>::quantize_block(const floa
   int32_t total = 0;
   for (int32_t& value : whole) {
     value = static_cast<int16_t>(value);
+    if (kPlanes == 2) value += (value & 255) == 128;  // no low byte is -128
     total += value;
   }
   *offset = -total * (kBits == 4 ? 8 : kByteCentre);
@@ -119,8 +120,8 @@ inline void QuantizedInputs<kBits, kPlanes, kGrouped>::quantize_block(const floa
   for (int plane = 0; plane < kPlanes; ++plane) {
     int8_t bytes_of[kQuantBlock];
     for (int i = 0; i < kQuantBlock; ++i) {
-      const int32_t high = (whole[i] + 64) >> 7;
-      bytes_of[i] = static_cast<int8_t>(kPlanes == 1 ? whole[i] : plane == 0 ? high : whole[i] - high * 128);
+      const int32_t high = (whole[i] + 128) >> 8;
+      bytes_of[i] = static_cast<int8_t>(kPlanes == 1 ? whole[i] : plane == 0 ? high : whole[i] - high * 256);
     }
     int8_t* const first = out + plane * plane_size;
     int8_t* const second = first + kGrouped * kHalf;
@@ -183,7 +184,7 @@ inline Vec add_group(const OneToken<kBits>& x, int64_t g, const uint8_t* weight,
       sum = add_products<kBits>(sum, low_halves(stored), load_bytes(inputs));
       return add_products<kBits>(sum, high_halves(stored), load_bytes(inputs + kBytes));
     };
-    Ints sum = times_128(whole_sum<kBits>(dot(set_ints(0), high)));
+    Ints sum = times_256(whole_sum<kBits>(dot(set_ints(0), high)));
     if (kSumsStartAnywhere<kBits>) {
       sum = dot(sum, low);
     } else {
@@ -327,7 +328,7 @@ inline void add_tile(const QuantizedInputs<kBits, kPlanes, 1>& x, const WeightTi
       for (int m = 0; m < kRows; ++m) {
         for (int v = 0; v < kTile; ++v) {
           const Ints part = whole_sum<kBits>(parts[m][v]);
-          found[m][v] = found[m][v] + (plane + 1 < kPlanes ? times_128(part) : part);
+          found[m][v] = found[m][v] + (plane + 1 < kPlanes ? times_256(part) : part);
         }
       }
     }

@@ -34,7 +34,7 @@ OUTSIDE = 1024
 # Large weights start on a page, so that a runtime can map them; small ones on a cache line.
 _LARGE, _PAGE, _LINE = 1 << 20, 4096, 64
 
-# Written at once, from multiples of this on: systems that keep files in large pages make them of such.
+# Written at once, from multiples of this on: systems that keep files in large pages make them so.
 _BLOCK = 4 << 20
 
 

@@ -15,6 +15,7 @@ from export.checkpoint import open_checkpoint
 from export.trace import trace
 from graph_passes.pipeline import run_passes
 from targets import find_target
+from targets.caches import with_cache
 from targets.package import write_package
 from tests.end_to_end.random_weights import write_checkpoint
 from tests.end_to_end.sizes import COMMON, REAL_WIDTHS, SIZES
@@ -52,7 +53,7 @@ def real_widths(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Written]:
 
 @pytest.fixture(scope="session")
 def package(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[Path, str], Path]]:
-    """Make a package, once a test session: package(checkpoint, target).
+    """Make a package with float32 caches, once a test session: package(checkpoint, target).
 
     Tracing takes most of an export; all targets share one trace of a checkpoint.
     """
@@ -64,7 +65,7 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[Path
 
     @functools.cache
     def make(checkpoint: Path, name: str) -> Path:
-        target = find_target(name)
+        target = with_cache(find_target(name), "float32")
         model = run_passes(traced(checkpoint), target.passes)
         destination = folder / f"{len(list(folder.iterdir()))}-{name}"
         return write_package(model, destination, target=target, facts={})
