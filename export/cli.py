@@ -20,7 +20,13 @@ from rich.progress import Progress
 from rich.table import Table
 
 from export.console import bytes_progress, stdout_console, whole
-from export.interrupts import hold_interrupts, interrupt_on_termination, keep_interrupts
+from export.interrupts import (
+    hold_interrupts,
+    interrupt_on_termination,
+    keep_interrupts,
+    leave,
+    run_apart,
+)
 from export.verify.options import (
     RANKED_TOKENS,
     add_options,
@@ -346,7 +352,7 @@ def _write(
         if told is not None:
             target = stack.enter_context(quantized_as_told(target, told, checkpoint, stage))
             stage("tracing the graph")
-        model = trace(checkpoint, all_logits=options.all_logits)
+        model = run_apart(lambda: trace(checkpoint, all_logits=options.all_logits))
         library = None if options.portable else library_path(target.provider)
         if budget is not None:
             stage("choosing the bits of every weight")
@@ -425,4 +431,4 @@ def _complain(message: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

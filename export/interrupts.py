@@ -1,22 +1,27 @@
 """Ctrl-C that is not lost, and does not become another error; SIGTERM that ends like Ctrl-C.
 
 Python raises it wherever the main thread happens to be. In the callback of a weak reference or in
-a destructor an exception can only be printed and forgotten, and tracing spends a tenth of its time
-there. In the initialisation of an extension module it turns into an ImportError.
+a destructor an exception can only be printed and forgotten. In the initialisation of an extension
+module it turns into an ImportError, and where C++ has called Python, as all through a trace of
+torch, into another error or the end of the process by a signal of its own.
 """
 
 from __future__ import annotations
 
 import _thread
 import contextlib
+import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn, TypeVar
 
 _PAUSE = 0.05  # seconds, for such a callback to come to its end
+_APART = "apart"  # name of a thread
+
+T = TypeVar("T")
 
 
 @contextlib.contextmanager
@@ -91,3 +96,36 @@ def hold_interrupts() -> Iterator[None]:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if came:
         raise KeyboardInterrupt
+
+
+def run_apart(work: Callable[[], T]) -> T:
+    """What ``work`` gives, done in a thread of its own: Ctrl-C ends the waiting, not its midst.
+
+    It then goes on with nobody waiting; a command ends by ``leave``.
+    """
+    results = list[T]()
+    errors = list[BaseException]()
+
+    def run() -> None:
+        try:
+            results.append(work())
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run, name=_APART, daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(_PAUSE)  # Windows hears Ctrl-C between two waits only
+    if errors:
+        raise errors[0]
+    return results[0]
+
+
+def leave(status: int) -> NoReturn:
+    """End the program, at once where work still runs apart: the interpreter would wait for it."""
+    if any(thread.name == _APART for thread in threading.enumerate()):
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError, AttributeError):
+                stream.flush()
+        os._exit(status)
+    sys.exit(status)

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import sys
+from typing import NoReturn
 
-from export.interrupts import hold_interrupts
+from export.interrupts import hold_interrupts, leave
 
 
-def main() -> int:
+def main() -> NoReturn:
     """Load the command and run it; see ``export.cli.main`` for the exit status."""
     try:
         with hold_interrupts():
             from export.cli import main as command
     except KeyboardInterrupt:
-        return 130
-    return command()
+        leave(130)
+    leave(command())
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -9,7 +9,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from export.interrupts import hold_interrupts, interrupt_on_termination, keep_interrupts
+from export.interrupts import (
+    hold_interrupts,
+    interrupt_on_termination,
+    keep_interrupts,
+    run_apart,
+)
 
 
 class Thing:
@@ -95,3 +100,52 @@ def test_interrupts_are_held_in_the_main_thread_only() -> None:
     thread.start()
     thread.join()
     assert found == [signal.default_int_handler]
+
+
+def test_what_runs_apart_gives_its_result_or_its_error() -> None:
+    assert run_apart(lambda: threading.current_thread() is threading.main_thread()) is False
+    with pytest.raises(ZeroDivisionError):
+        run_apart(lambda: 1 // 0)
+
+
+def test_an_interrupt_does_not_wait_for_what_runs_apart() -> None:
+    steps: list[str] = []
+    begun, go_on = threading.Event(), threading.Event()
+
+    def work() -> None:
+        begun.set()
+        signal.raise_signal(signal.SIGINT)  # heard by the main thread
+        go_on.wait(60)
+        steps.append("the work went on")
+
+    with pytest.raises(KeyboardInterrupt):
+        run_apart(work)
+    assert begun.is_set()
+    assert steps == []
+    go_on.set()
+    for thread in threading.enumerate():
+        if thread is not threading.main_thread() and thread.name == "apart":
+            thread.join(60)
+    assert steps == ["the work went on"]
+
+
+INTERRUPTED_TRACE = """
+import os, runpy, signal, sys, threading
+def strike(event, details):
+    if event == "import" and threading.current_thread() is not threading.main_thread():
+        if not came:
+            came.append(os.kill(os.getpid(), signal.SIGINT))
+came = []
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.addaudithook(strike)
+runpy.run_module("export.start", run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+def test_ctrl_c_while_it_traces_ends_the_command_at_once(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", INTERRUPTED_TRACE, "-o", str(tmp_path / "package")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    told = "phi4export: interrupted, nothing unfinished is kept\n"
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", told)
+    assert list(tmp_path.iterdir()) == []
