@@ -64,7 +64,7 @@ By `python -m benchmarks.targets DIR --folder PACKAGES`; machine, versions and d
   `ep.cuda.fpa_intb_gemm` turns the fast 4-bit kernels on.
 - `qnn-npu-*` packages hold five graphs that share one file of weights. Layers 0..M and the keys and
   values of layer M+1 run on the NPU, prompts in calls of 64 tokens, all in float16: the processor
-  has nothing wider; `--activations uint16` makes linear layers, sums and gates
+  has nothing wider; `--activations uint16` makes linear layers and gates
   [integers](quantization.md#integer-activations). Embedding and masks before it, attention over the
   growing cache and what follows run on the CPU: of these only the last token of a call is seen, and
   one token at a time is bound by reading weights on either processor. One row; no `--verify`, no
