@@ -25,6 +25,7 @@ from targets import TARGETS, find_target
 from targets.package import write_package
 from targets.target import CPU, Target
 from targets.weights import INT4, UNQUANTIZED
+from tests.runtime_py.devices import Capturing, make_value
 
 # Packages of several graphs have a file of tests of their own, test_qnn.py.
 OTHERS = [target for target in TARGETS if target.provider != CPU and not target.graphs]
@@ -163,6 +164,22 @@ def test_states_may_be_changed_in_place(open_on_cpu: Open, target: Target) -> No
         apart, *present = session.model.run(names, feeds | states)
         states = dict(zip(states, present, strict=True))
         np.testing.assert_allclose(logits, apart[:, 0], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["cuda-fp16", "cuda-int4"])
+def test_what_a_device_captures_while_it_warms_up_leaves_no_trace(
+    open_on_cpu: Open, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """A token's call is run again and again, with all states put back but the growing cache."""
+    plain = open_on_cpu(find_target(name))
+    capturing = Session(plain.path, providers=[CPU], threads=1)
+    capturing.model, capturing.cuda_graph = Capturing(capturing.model), True
+    monkeypatch.setattr(onnxruntime.OrtValue, "ortvalue_from_numpy", make_value)
+    got, wanted, rng = capturing.start(), plain.start(), np.random.default_rng(2)
+    for count in (30, 1, 1, 1, 1, 230, 1, 1):  # the ring wraps, the cache grows
+        ids = rng.integers(0, 256, count)
+        np.testing.assert_array_equal(got.step(ids), wanted.step(ids))
+    assert len(capturing.model.graphs) == 2
 
 
 def test_the_command_line_exports_to_every_target_by_name(
