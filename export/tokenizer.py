@@ -6,9 +6,12 @@ is the rank of the merge that makes the token, so the merges follow from the voc
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import shutil
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +111,24 @@ def write_tokenizer(source: Path, destination: Path) -> str | None:
         )
     _complete_settings(destination, tokenizer)
     return None
+
+
+@contextlib.contextmanager
+def tokenizer_files(source: Path, purpose: str) -> Iterator[Path]:
+    """A folder with the files that a package would get, for a while.
+
+    Raises:
+        TokenizerError: the checkpoint has no tokenizer; names what needs one.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_tokenizer(source, folder)
+        if not (folder / "tokenizer.json").is_file():
+            raise TokenizerError(
+                f"{source} has no tokenizer, and {purpose} needs one: put the published tokenizer "
+                "files there"
+            )
+        yield folder
 
 
 def build_tokenizer(source: Path) -> tokenizers.Tokenizer:

@@ -17,7 +17,7 @@ import onnx_ir as ir
 from export.checkpoint import Checkpoint
 from export.quantize.activation_ranges import measure_ranges
 from export.quantize.calibration import Calibration, CalibrationError, collect, read_text
-from export.tokenizer import write_tokenizer
+from export.tokenizer import tokenizer_files
 from graph_passes.recipe import Recipe, recipe_from_json
 from runtime_py.native import library_path
 from runtime_py.tokenizer import Tokenizer
@@ -148,6 +148,8 @@ def _recipe(target: Target, told: Quantization) -> Recipe | None:
             recipe = recipe_from_json(contents, scale_type)
         except OSError as error:
             raise ValueError(f"recipe {told.recipe} cannot be read: {error.strerror}") from error
+        except json.JSONDecodeError as error:
+            raise ValueError(f"recipe {told.recipe} is no JSON ({error}): correct it") from error
         except ValueError as error:
             raise ValueError(f"recipe {told.recipe}: {error}") from error
     if told.quantizer is not None:
@@ -192,14 +194,8 @@ def _calibrate(
 def _read_ids(checkpoint: Checkpoint, text: Path | None, who_needs: str) -> list[int]:
     """Tokens of the text that is told, or of the one beside the weights."""
     contents = read_text(_find_text(checkpoint, text, who_needs))
-    with tempfile.TemporaryDirectory() as scratch:
-        write_tokenizer(checkpoint.folder, Path(scratch))
-        if not (Path(scratch) / "tokenizer.json").is_file():
-            raise CalibrationError(
-                f"{checkpoint.folder} has no tokenizer, and calibration needs one: put the "
-                "published tokenizer files there"
-            )
-        return Tokenizer(Path(scratch)).encode(contents)
+    with tokenizer_files(checkpoint.folder, "calibration") as folder:
+        return Tokenizer(folder).encode(contents)
 
 
 def _find_text(checkpoint: Checkpoint, told: Path | None, who_needs: str) -> Path:

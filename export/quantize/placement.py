@@ -16,7 +16,7 @@ import onnx_ir as ir
 from export.checkpoint import Checkpoint
 from export.quantize.costs import Costs
 from export.quantize.sensitivity import Sensitivity, rank, ranking_json, work
-from export.tokenizer import write_tokenizer
+from export.tokenizer import tokenizer_files, write_tokenizer
 from export.verify.command import read_sample, torch_threads
 from export.verify.options import Settings
 from graph_passes.block_quantization import dequantize, quantize
@@ -41,14 +41,8 @@ def measure_sensitivity(
     Raises:
         ValueError: the checkpoint has no tokenizer, or the text cannot be used.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        write_tokenizer(checkpoint.folder, Path(folder))
-        if not (Path(folder) / "tokenizer.json").is_file():
-            raise ValueError(
-                f"{checkpoint.folder} has no tokenizer, and sensitivity is measured on text: "
-                "put the published tokenizer files there"
-            )
-        sample = read_sample(Tokenizer(Path(folder)), checkpoint, settings)
+    with tokenizer_files(checkpoint.folder, "sensitivity, measured on text,") as folder:
+        sample = read_sample(Tokenizer(folder), checkpoint, settings)
     form = WeightFormat(bits=BITS, quantizer="rtn")
 
     def round_trip(weight: np.ndarray, bits: int) -> np.ndarray:

@@ -72,7 +72,7 @@ def test_gptq_collects_what_it_needs_and_keeps_it_where_told(tmp_path: Path) -> 
         (["--quantizer", "gptq", "--calibration", "{none}"], "none.txt cannot be read"),
         (["--quantizer", "rtn", "--target", "cpu-fp32"], "stores weights in full"),
         (["--recipe", "{none}"], "none.txt cannot be read"),
-        (["--recipe", "{text}"], "recipe .*text.txt: "),
+        (["--recipe", "{text}"], "recipe .*text.txt is no JSON"),
         (["--recipe", "{wrong}"], r"wrong.txt: format of 'default': block_size is 24"),
         (["--recipe", "{wrong}", "--size-budget", "1MB"], "both choose the bits"),
         (["--activations", "uint16"], "choice of NPU targets, and cpu-int4 is for CPU"),
