@@ -7,34 +7,8 @@
 namespace sambay::SAMBAY_ISA {
 
 constexpr int kBytes = 4 * kWidth;
-constexpr int kLine = 64;                             // bytes of a cache line
 constexpr int kPrefetch = 1024, kPrefetchFar = 8192;  // bytes ahead
 constexpr int kLargestInput = 127;  // -128 has no counterpart, which some products below would need
-
-inline void prefetch(const void* p) {
-#if defined(SAMBAY_AVX512) || defined(SAMBAY_AVX2)
-  _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0);
-#elif defined(__GNUC__)
-  __builtin_prefetch(p);
-#endif
-}
-// The compiler moves no access to memory over this: requests stay apart as they are written. In bursts they wait
-// for one another, and so does whatever comes after them.
-inline void keep_order() {
-#if defined(__GNUC__)
-  asm volatile("" ::: "memory");
-#elif defined(_MSC_VER)
-  _ReadWriteBarrier();
-#endif
-}
-// Into the second cache: by the time it is needed, the first would have dropped it.
-inline void prefetch_far(const void* p) {
-#if defined(SAMBAY_AVX512) || defined(SAMBAY_AVX2)
-  _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1);
-#elif defined(__GNUC__)
-  __builtin_prefetch(p, 0, 2);
-#endif
-}
 
 #if defined(SAMBAY_AVX512)
 

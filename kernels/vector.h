@@ -316,6 +316,35 @@ inline void store(Cell* p, Vec a, int64_t count) {
   for (int64_t i = 0; i < count; ++i) p[i] = whole[i];
 }
 
+// --- requests for memory that is needed soon
+
+constexpr int kLine = 64;  // bytes of a cache line
+
+inline void prefetch(const void* p) {
+#if defined(SAMBAY_AVX512) || defined(SAMBAY_AVX2)
+  _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0);
+#elif defined(__GNUC__)
+  __builtin_prefetch(p);
+#endif
+}
+// Into the second cache: by the time it is needed, the first would have dropped it.
+inline void prefetch_far(const void* p) {
+#if defined(SAMBAY_AVX512) || defined(SAMBAY_AVX2)
+  _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1);
+#elif defined(__GNUC__)
+  __builtin_prefetch(p, 0, 2);
+#endif
+}
+// The compiler moves no access to memory over this: requests stay apart as they are written. In bursts they wait
+// for one another, and so does whatever comes after them.
+inline void keep_order() {
+#if defined(__GNUC__)
+  asm volatile("" ::: "memory");
+#elif defined(_MSC_VER)
+  _ReadWriteBarrier();
+#endif
+}
+
 // Memory for one task, not initialised, from the start of a cache line on: a vector that reaches over two
 // lines costs two loads. Not std::vector: its inline functions would be compiled with this file's
 // instructions and then serve the whole library.
@@ -323,14 +352,14 @@ template <class Cell>
 class Scratch {
  public:
   explicit Scratch(int64_t size)
-      : cells_(static_cast<Cell*>(::operator new[](static_cast<size_t>(size) * sizeof(Cell), kLine))) {}
-  ~Scratch() { ::operator delete[](cells_, kLine); }
+      : cells_(static_cast<Cell*>(::operator new[](static_cast<size_t>(size) * sizeof(Cell), kAlignment))) {}
+  ~Scratch() { ::operator delete[](cells_, kAlignment); }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
   Cell* data() const { return cells_; }
 
  private:
-  static constexpr std::align_val_t kLine{64};
+  static constexpr std::align_val_t kAlignment{kLine};
   Cell* const cells_;
 };
 
