@@ -19,7 +19,7 @@ from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
-from export.console import bytes_progress, stdout_console, whole
+from export.console import bytes_progress, missing_extra, stdout_console, whole
 from export.interrupts import (
     hold_interrupts,
     interrupt_on_termination,
@@ -88,11 +88,7 @@ def _run(options: argparse.Namespace, console: Console) -> int:
         console.print("phi4export: interrupted, nothing unfinished is kept", style="yellow")
         return 130
     except ModuleNotFoundError as error:
-        if (error.name or "").split(".")[0] not in _extra_modules():
-            raise
-        _complain(
-            f"{error.name} is not installed; exporting needs: pip install 'phi4export[export]'"
-        )
+        _complain(missing_extra(error))
         return 2
     except (ValueError, OSError) as error:
         _complain(str(error))
@@ -417,10 +413,6 @@ def _peak_memory() -> str:
 
     peak = peak_bytes()
     return "peak memory unknown" if peak is None else f"peak memory {peak / 1e9:.2f} GB"
-
-
-def _extra_modules() -> set[str]:
-    return {"torch", "onnx", "onnx_ir", "onnxscript", "ml_dtypes"}
 
 
 def _complain(message: str) -> None:

@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 _WIDEST = 10_000  # columns
+_EXTRA = {"torch", "onnx", "onnx_ir", "onnxscript", "ml_dtypes"}  # of the extra "export"
 
 
 @contextmanager
@@ -50,6 +51,13 @@ def bytes_progress(console: Console) -> Progress:
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), _Bytes())
     hidden = not console.is_terminal
     return Progress(*columns, Remaining(), console=console, transient=True, disable=hidden)
+
+
+def missing_extra(error: ModuleNotFoundError) -> str:
+    """What to do about a module that is missing; an error that is no such thing goes on."""
+    if (error.name or "").split(".")[0] not in _EXTRA:
+        raise error
+    return f"{error.name} is not installed; exporting needs: pip install 'phi4export[export]'"
 
 
 class _Bytes(DownloadColumn):

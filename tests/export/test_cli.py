@@ -45,13 +45,22 @@ def test_a_full_disk_behind_stdout_is_one_line() -> None:
     assert done.stderr == b"phi4export: error: cannot write to stdout: No space left on device\n"
 
 
-@pytest.mark.parametrize("module", ["torch", "onnx", "onnx_ir", "onnxscript", "ml_dtypes"])
-def test_a_missing_extra_is_named_with_its_command(tmp_path: Path, module: str) -> None:
+@pytest.mark.parametrize(
+    ("command", "module"),
+    [
+        *(("export.cli", m) for m in ("torch", "onnx", "onnx_ir", "onnxscript", "ml_dtypes")),
+        ("export.verify", "torch"),
+    ],
+)
+def test_a_missing_extra_is_named_with_its_command(
+    tmp_path: Path, command: str, module: str
+) -> None:
     """In a process of its own: here all is imported already."""
-    hide = f"import sys; sys.modules[{module!r}] = None; from export.cli import main; "
-    command = [sys.executable, "-c", hide + "sys.exit(main(sys.argv[1:]))"]
-    arguments = ["--target", "directml-int4", "-o", str(tmp_path / "package")]
-    done = subprocess.run([*command, *arguments], cwd=ROOT, capture_output=True, text=True)
+    hide = f"import runpy, sys; sys.modules[{module!r}] = None; "
+    start = f"runpy.run_module({command!r}, run_name='__main__', alter_sys=True)"
+    given = ["--target", "directml-int4", "-o"] if command == "export.cli" else []
+    line = [sys.executable, "-c", hide + start, *given, str(tmp_path / "package")]
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
     assert f"{module} is not installed" in done.stderr
     assert "pip install 'phi4export[export]'" in done.stderr
