@@ -19,6 +19,7 @@ from export.trace import trace
 from export.verify.compare import divergence
 from graph_passes.cleanup import cleanup
 from graph_passes.fold_weight_casts import fold_weight_casts
+from graph_passes.keep_part import find_parts
 from graph_passes.quantize_activations import OPERATORS, find_quantized, quantize_activations
 from graph_passes.quantize_matmul import quantize_matmul
 from graph_passes.quantize_matmul_channels import quantize_matmul_channels
@@ -110,6 +111,9 @@ def test_integer_operators_read_and_write_pairs_and_islands_are_left_alone(
     assert integer > 40
     before, after = ([value.name for value in each.graph.outputs] for each in (traced, found))
     assert before == after
+    places = find_parts(found)  # a pair of the embedding, too, is where it is read
+    pairs = [node for node in found.graph if node.op_type == "QuantizeLinear"]
+    assert {places.get(node) for node in pairs} == {"fixed", None}
 
 
 def test_what_reads_a_wide_result_or_is_left_out_stays_float(traced, histograms) -> None:
