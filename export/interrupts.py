@@ -19,7 +19,7 @@ from types import FrameType
 from typing import Any, NoReturn, TypeVar
 
 _PAUSE = 0.05  # seconds, for such a callback to come to its end
-_APART = "apart"  # name of a thread
+_ends = list[threading.Event]()  # of what runs apart, or has run
 
 T = TypeVar("T")
 
@@ -105,17 +105,19 @@ def run_apart(work: Callable[[], T]) -> T:
     """
     results = list[T]()
     errors = list[BaseException]()
+    end = threading.Event()  # an interrupted Thread.join of Python 3.11 takes a thread for ended
 
     def run() -> None:
         try:
             results.append(work())
         except BaseException as error:
             errors.append(error)
+        end.set()
 
-    thread = threading.Thread(target=run, name=_APART, daemon=True)
-    thread.start()
-    while thread.is_alive():
-        thread.join(_PAUSE)  # Windows hears Ctrl-C between two waits only
+    _ends.append(end)
+    threading.Thread(target=run, daemon=True).start()
+    while not end.wait(_PAUSE):
+        pass  # Windows hears Ctrl-C between two waits only
     if errors:
         raise errors[0]
     return results[0]
@@ -123,7 +125,7 @@ def run_apart(work: Callable[[], T]) -> T:
 
 def leave(status: int) -> NoReturn:
     """End the program, at once where work still runs apart: the interpreter would wait for it."""
-    if any(thread.name == _APART for thread in threading.enumerate()):
+    if not all(end.is_set() for end in _ends):
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError, AttributeError):
                 stream.flush()

@@ -110,22 +110,21 @@ def test_what_runs_apart_gives_its_result_or_its_error() -> None:
 
 def test_an_interrupt_does_not_wait_for_what_runs_apart() -> None:
     steps: list[str] = []
-    begun, go_on = threading.Event(), threading.Event()
+    begun, go_on, ended = threading.Event(), threading.Event(), threading.Event()
 
     def work() -> None:
         begun.set()
         signal.raise_signal(signal.SIGINT)  # heard by the main thread
         go_on.wait(60)
         steps.append("the work went on")
+        ended.set()
 
     with pytest.raises(KeyboardInterrupt):
         run_apart(work)
     assert begun.is_set()
     assert steps == []
     go_on.set()
-    for thread in threading.enumerate():
-        if thread is not threading.main_thread() and thread.name == "apart":
-            thread.join(60)
+    assert ended.wait(60)
     assert steps == ["the work went on"]
 
 
