@@ -42,12 +42,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(arguments)
     paths = [options.package] + ([options.against] if options.against else [])
-    found: dict[str, list[float]] = {str(path): [] for path in paths}
+    found: dict[Path, list[float]] = {path: [] for path in paths}
     for _ in range(options.blocks):
         for path in paths:  # one session at a time: idle ones disturb the other by spinning
             session = Session(path, threads=options.threads)
             session.start().step([1, 2, 3])
-            found[str(path)].append(tokens_per_second(session, options.tokens))
+            found[path].append(tokens_per_second(session, options.tokens))
             del session
     rates = {
         path: {"max": round(max(speeds), 1), "median": round(float(np.median(speeds)), 1)}
@@ -57,10 +57,10 @@ def main(arguments: list[str] | None = None) -> int:
         "machine": describe_machine(options.threads),
         "tokens": options.tokens,
         "blocks": options.blocks,
-        "tokens_per_second": rates,
+        "tokens_per_second": {path.name: rate for path, rate in rates.items()},
     }
     if options.against:
-        first, second = rates[str(options.package)], rates[str(options.against)]
+        first, second = rates[options.package], rates[options.against]
         result["ratio_of_medians"] = round(first["median"] / second["median"], 2)
     Console(stderr=True).print(result)
     if options.json:

@@ -40,7 +40,7 @@ the CPU provider for a prompt of 10 tokens and three more; bodies are inlined, n
 
 | target | package | nodes | memory of the export | of a session on the CPU provider |
 |---|---|---|---|---|
-| `cuda-int4` | 2.54 GB | 3612 | 1.98 GB, 222 s of processor time | 5.3 GB |
+| `cuda-int4` | 2.54 GB | 3707 | 1.97 GB, 148 s of processor time | 5.3 GB |
 | `openvino-int4` | 2.75 GB | 3345 | 1.62 GB, 143 s of processor time | 5.2 GB |
 | `directml-int4` | 2.55 GB | 3549 | 1.98 GB, 152 s of processor time | 5.3 GB |
 | `directml-fp16` | not written | 3547 | | |
