@@ -152,8 +152,5 @@ def _send(scope: Scope, size: ir.Value, rank: int, readers: list[tuple[ir.Node, 
 def _tells_several(node: ir.Node) -> bool:
     if node.op_type != "Shape":
         return False
-    begin, end = (node.attributes.get_int(name, default) for name, default in _WHOLE)
+    begin, end = node.attributes.get_int("start", 0), node.attributes.get_int("end", 1 << 30)
     return end - begin != 1
-
-
-_WHOLE = (("start", 0), ("end", 1 << 30))

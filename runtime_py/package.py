@@ -15,8 +15,8 @@ import onnxruntime as ort
 from runtime_py.cuda_graph import OLDEST
 from runtime_py.errors import InputError, PackageError
 from runtime_py.model_file import read_metadata_props
-from runtime_py.native import CUDA, library_path
-from runtime_py.pipeline import CPU, Pipeline, Stage, read_stages
+from runtime_py.native import CPU, CUDA, library_path
+from runtime_py.pipeline import Pipeline, Stage, read_stages
 from runtime_py.plugins import MODULES, add_plugin, compiled_file, is_installed
 
 MODEL_FILE, MANIFEST = "model.onnx", "manifest.json"

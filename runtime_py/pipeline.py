@@ -18,9 +18,8 @@ import onnxruntime as ort
 
 from runtime_py.errors import PackageError
 from runtime_py.interrupts import whole
+from runtime_py.native import CPU
 from runtime_py.states import IDS, LOGITS, MASK, PAST, POSITIONS, PRESENT
-
-CPU = "CPUExecutionProvider"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,6 +15,7 @@ import numpy as np
 import onnxruntime as ort
 
 from runtime_py.errors import PackageError
+from runtime_py.native import CPU, CUDA
 
 IDS, MASK, LOGITS = "input_ids", "attention_mask", "logits"
 POSITIONS = "position_ids"  # which some of several graphs take and none reads
@@ -27,7 +28,7 @@ DTYPES: dict[str, np.dtype[Any]] = {
 }
 # Where states live: what ONNX Runtime's Python can make tensors in. Another provider's states live
 # in the processor's memory and travel in every run.
-DEVICES = {"CPUExecutionProvider": "cpu", "CUDAExecutionProvider": "cuda"}
+DEVICES = {CPU: "cpu", CUDA: "cuda"}
 BLOCK = 256  # slots; capacities are multiples of it
 GROWTH = 1.25  # amortises copying to at most 5 copies of a slot, wastes at most a quarter
 
@@ -167,11 +168,7 @@ class Buffers:
 
     def bind_states(self) -> Any:
         """A binding of the states alone."""
-        binding = self.model.io_binding()
-        for state, each in zip(self.states, self.memory, strict=True):
-            binding.bind_ortvalue_input(state.past, _as_value(each))
-            binding.bind_ortvalue_output(state.present, _as_value(each))
-        return binding
+        return _bind_states(self.model, self.states, self.memory)
 
     def bind_again(self) -> None:
         """Make the next run see what changed since the last.
@@ -180,7 +177,8 @@ class Buffers:
         it when it is bound.
         """
         if _device(self.model) != "cpu":
-            _bind_inputs(self.binding, self.states, self.memory, self.mask)
+            _bind_pasts(self.binding, self.states, self.memory)
+            self.binding.bind_cpu_input(MASK, self.mask)
 
     def fill(self, stored: Iterable[np.ndarray], mask: np.ndarray) -> None:
         """Take over states, each as far as it is used, and the mask [batch, tokens] up to here.
@@ -249,16 +247,19 @@ def _bind(
     memory: tuple[Memory, ...],
     mask: np.ndarray,
 ) -> Any:
+    binding = _bind_states(model, states, memory)
+    binding.bind_cpu_input(MASK, mask)
+    return binding
+
+
+def _bind_states(model: Any, states: tuple[State, ...], memory: tuple[Memory, ...]) -> Any:
     binding = model.io_binding()
-    _bind_inputs(binding, states, memory, mask)
+    _bind_pasts(binding, states, memory)
     for state, each in zip(states, memory, strict=True):
         binding.bind_ortvalue_output(state.present, _as_value(each))
     return binding
 
 
-def _bind_inputs(
-    binding: Any, states: tuple[State, ...], memory: tuple[Memory, ...], mask: np.ndarray
-) -> None:
-    binding.bind_cpu_input(MASK, mask)
+def _bind_pasts(binding: Any, states: tuple[State, ...], memory: tuple[Memory, ...]) -> None:
     for state, each in zip(states, memory, strict=True):
         binding.bind_ortvalue_input(state.past, _as_value(each))

@@ -16,11 +16,9 @@ from graph_passes.pipeline import Pass
 from graph_passes.replace_scan_loop import replace_scan_loop
 from graph_passes.send_sizes_to_device import send_sizes_to_device
 from graph_passes.store_caches_in_float16 import store_caches_in_float16
-from targets.target import Target
+from targets.target import CUDA, Target
 from targets.weights import INT4 as INT4_WEIGHTS
 from targets.weights import UNQUANTIZED
-
-_PROVIDER = "CUDAExecutionProvider"
 
 _BEGIN: tuple[Pass, ...] = (
     store_caches_in_float16,
@@ -45,7 +43,7 @@ _OPTIONS = {
 FP16 = Target(
     name="cuda-fp16",
     summary="float16 weights and activations, float32 scan: next to no loss",
-    provider=_PROVIDER,
+    provider=CUDA,
     cache="float16",
     passes=(*_BEGIN, *UNQUANTIZED, *_END),
     session_options=_OPTIONS,
@@ -54,7 +52,7 @@ FP16 = Target(
 INT4 = Target(
     name="cuda-int4",
     summary="4-bit weights, 8-bit where it matters most, float16 activations",
-    provider=_PROVIDER,
+    provider=CUDA,
     cache="float16",
     passes=(*_BEGIN, *INT4_WEIGHTS, *_END),
     session_options=_OPTIONS,

@@ -15,11 +15,11 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from export.quantize.calibration import CHUNK, CalibrationError
+from export.quantize.calibration import CHUNK, CalibrationError, check_length
 from export.verify.package_slices import SlicedPackage, Track
 
 CLIPS = ("minmax", "percentile", "mse")
-_FEWEST, _MOST = 128, 4 * CHUNK  # tokens
+_MOST = 4 * CHUNK  # tokens
 _HEADROOM = 2.0  # times the limits: a bit of 16, for texts that go further than this one
 _PERCENTILE = 99.999  # of the numbers lie between the limits
 _STEPS = 64  # limits tried on each side for the least squared error
@@ -79,11 +79,7 @@ def measure_ranges(
         CalibrationError: too few tokens, or another clip.
         SliceError: ONNX Runtime refuses a part of the graph.
     """
-    if len(ids) < _FEWEST:
-        raise CalibrationError(
-            f"the calibration text has {len(ids)} tokens, expected {_FEWEST} or more: "
-            "a few thousand are a good number"
-        )
+    check_length(ids)
     read = _spread(ids)
     found = collect_ranges(model, read, names, library=library, progress=progress)
     limits = {

@@ -111,6 +111,19 @@ def read_text(path: Path) -> str:
     return text
 
 
+def check_length(ids: Sequence[int]) -> None:
+    """Refuse a text that is too short to tell anything.
+
+    Raises:
+        CalibrationError: it is.
+    """
+    if len(ids) < _FEWEST:
+        raise CalibrationError(
+            f"the calibration text has {len(ids)} tokens, expected {_FEWEST} or more: "
+            "a few thousand are a good number"
+        )
+
+
 def collect(
     checkpoint: Checkpoint,
     ids: Sequence[int],
@@ -130,11 +143,7 @@ def collect(
         CalibrationError: fewer tokens than can tell anything, or the folder holds another
             calibration.
     """
-    if len(ids) < _FEWEST:
-        raise CalibrationError(
-            f"the calibration text has {len(ids)} tokens, expected {_FEWEST} or more: "
-            "a few thousand are a good number"
-        )
+    check_length(ids)
     collection = _Collection(checkpoint, np.asarray(ids, np.int64), folder)
     return collection.run(progress or (lambda _: None))
 

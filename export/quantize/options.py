@@ -121,13 +121,8 @@ def with_activations_as_told(
         return target
     names = values_to_measure(shaped, target, told.integer)
     ids = _read_ids(checkpoint, told.calibration, "integer activations need")
-    layers, done = checkpoint.config.num_hidden_layers // 2 + 2, -1  # the embedding's comes first
-
-    def advance(count: int) -> None:
-        nonlocal done
-        done += count
-        progress(f"measuring activations: {done} of {layers} layers")
-
+    layers = checkpoint.config.num_hidden_layers // 2 + 2
+    advance = _count_layers("measuring activations", layers, progress, begun=-1)  # the embedding
     ranges = measure_ranges(
         traced,
         ids,
@@ -181,14 +176,23 @@ def _calibrate(
     checkpoint: Checkpoint, text: Path | None, folder: Path, progress: Callable[[str], object]
 ) -> Calibration:
     ids = _read_ids(checkpoint, text, "the quantizer gptq needs")
-    layers, done = checkpoint.config.num_hidden_layers, 0
+    layers = checkpoint.config.num_hidden_layers
+    advance = _count_layers("calibrating", layers, progress)
+    return collect(checkpoint, ids, folder, progress=advance)
+
+
+def _count_layers(
+    work: str, layers: int, progress: Callable[[str], object], begun: int = 0
+) -> Callable[[int], None]:
+    """Tells how many layers are done, each time it is told of more."""
+    done = begun
 
     def advance(count: int) -> None:
         nonlocal done
         done += count
-        progress(f"calibrating: {done} of {layers} layers")
+        progress(f"{work}: {done} of {layers} layers")
 
-    return collect(checkpoint, ids, folder, progress=advance)
+    return advance
 
 
 def _read_ids(checkpoint: Checkpoint, text: Path | None, who_needs: str) -> list[int]:
