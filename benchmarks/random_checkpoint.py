@@ -1,9 +1,10 @@
 """Write a checkpoint of the published shape with random weights of plausible scale.
 
-    python -m benchmarks.random_checkpoint DIR [--size published|small] [--seed 0]
+    python -m benchmarks.random_checkpoint DIR [--size published|small] [--seed 0] [--tokenizer]
 
 Time, memory and size of an export depend on the shapes alone, so 7.7 GB of noise measure them
-without a download. The weights are streamed: under 300 MB of memory at any size.
+without a download. The weights are streamed: under 300 MB of memory at any size. What reads text,
+such as a calibration, needs a tokenizer as well: the reference model's and its text serve.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import shutil
 import struct
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -25,7 +27,9 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
 
 from export.checkpoint import INDEX_FILE, ITEM_SIZES
+from export.cli import REFERENCE
 from export.config import SambaYConfig, read_config
+from export.quantize.options import TEXT
 from export.tensors import Shape, expected_tensors
 
 CONFIG = {  # the published config.json
@@ -64,6 +68,8 @@ SMALL = {  # what --size small changes: seconds, for tests
 }
 SMALL_GENERATION = {"eos_token_id": [510, 511]}
 
+TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", TEXT)
+
 _LEVELS = 1 << 16  # a distribution is a table of as many quantiles, drawn from by random 16 bits
 _CHUNK = 1 << 21  # elements made at once; times 8 bytes of table indices
 
@@ -74,6 +80,7 @@ def write_checkpoint(
     generation: Mapping[str, object],
     *,
     seed: int = 0,
+    tokenizer: bool = False,
     progress: Callable[[int, int], object] = lambda written, total: None,
 ) -> int:
     """Write config, two bfloat16 shards and their index; what was written goes if that fails.
@@ -83,6 +90,7 @@ def write_checkpoint(
     Args:
         folder: does not exist, or is empty.
         config, generation: contents of config.json and generation_config.json.
+        tokenizer: add the reference model's, and its text; their tokens are fewer than 800.
         progress: called with the bytes of weights written so far, and of all.
 
     Returns:
@@ -99,6 +107,8 @@ def write_checkpoint(
     try:
         _write_json(folder / "config.json", config)
         _write_json(folder / "generation_config.json", generation)
+        for name in TEXT_FILES if tokenizer else ():
+            shutil.copyfile(REFERENCE / name, folder / name)
         return _write_weights(folder, read_config(folder), seed, progress)
     except BaseException:  # Ctrl-C too: a shard cut short must not look like a checkpoint
         for path in folder.iterdir():
@@ -235,7 +245,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="published: 7.7 GB, the default; small: 8 layers of width 64",
     )
     parser.add_argument("--seed", type=_seed, default=0, help="same seed, same bytes; default 0")
+    parser.add_argument(
+        "--tokenizer",
+        action="store_true",
+        help="add the reference model's tokenizer and text; published size only",
+    )
     chosen = parser.parse_args(arguments)
+    if chosen.tokenizer and chosen.size == "small":
+        parser.error("--tokenizer has 800 tokens and --size small 512: take the published size")
     small = chosen.size == "small"
     config = CONFIG | SMALL if small else CONFIG
     generation = SMALL_GENERATION if small else GENERATION
@@ -250,6 +267,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 config,
                 generation,
                 seed=chosen.seed,
+                tokenizer=chosen.tokenizer,
                 progress=lambda written, total: bar.update(task, completed=written, total=total),
             )
     except OSError as error:

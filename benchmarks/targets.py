@@ -1,6 +1,7 @@
 """What packages of every target are at a checkpoint's size: export, nodes, kernels, a few calls.
 
     python -m benchmarks.targets CHECKPOINT --folder DIR [--target NAME]... [--json FILE]
+                                 [--options="--quantizer gptq --calibration FILE"]
 
 For each target in turn a package is exported into DIR, held to its provider's table of kernels
 (`targets.lint`), run on the CPU provider, and removed. Each of these is a process of its own, so
@@ -11,11 +12,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +35,7 @@ PROMPT, STEPS = 10, 3  # tokens of the first call, calls of one token after it
 EXPORT = """
 import sys
 from export.cli import main
-if main(["--checkpoint", sys.argv[1], "--target", sys.argv[2], "-o", sys.argv[3]]):
+if main(["--checkpoint", sys.argv[1], "--target", sys.argv[2], "-o", *sys.argv[3:]]):
     sys.exit("the export failed")
 result = {}
 """
@@ -91,12 +94,17 @@ def measure(script: str, *arguments: str | Path) -> dict[str, Any]:
     return {"seconds": round(time.perf_counter() - begin, 1), **rounded}
 
 
-def measure_target(checkpoint: Path, name: str, folder: Path) -> dict[str, Any]:
-    """Export a checkpoint to one target, look at the package, run it, remove it."""
+def measure_target(
+    checkpoint: Path, name: str, folder: Path, options: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Export a checkpoint to one target, look at the package, run it, remove it.
+
+    ``options`` are further ones of phi4export.
+    """
     package = Path(tempfile.mkdtemp(dir=folder)) / name
-    row: dict[str, Any] = {"target": name}
+    row: dict[str, Any] = {"target": name, "options": list(options)}
     try:
-        row["export"] = measure(EXPORT, checkpoint, name, package)
+        row["export"] = measure(EXPORT, checkpoint, name, package, *options)
         if "failed" not in row["export"]:
             row["bytes"] = {p.name: p.stat().st_size for p in sorted(package.iterdir())}
             row["lint"] = measure(LINT, package)
@@ -135,13 +143,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--folder", type=Path, required=True, help="where packages are made")
     parser.add_argument("--target", action="append", choices=[each.name for each in TARGETS])
+    parser.add_argument("--options", type=shlex.split, default=[], help="more for phi4export")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(arguments)
     names = options.target or [each.name for each in TARGETS]
     options.folder.mkdir(parents=True, exist_ok=True)
     result: dict[str, Any] = {"setup": describe_setup(), "prompt_tokens": PROMPT, "targets": []}
     for name in names:
-        result["targets"].append(measure_target(options.checkpoint, name, options.folder))
+        result["targets"].append(
+            measure_target(options.checkpoint, name, options.folder, options.options)
+        )
         if options.json:  # after each: a long run may be ended
             options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     Console(stderr=True).print(show(result["targets"]))

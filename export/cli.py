@@ -145,6 +145,11 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "gptq (calibrated: best, slowest)",
     )
     parser.add_argument(
+        "--equalize",
+        action="store_true",
+        help="even out the inputs of layers first, exactly; calibrates; gptq does so untold",
+    )
+    parser.add_argument(
         "--recipe", type=Path, metavar="FILE", help="JSON: bits, blocks, quantizer by weight"
     )
     parser.add_argument(
@@ -158,13 +163,16 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="of uint16: all a text gives, 99.999 %% of it, or least squared error (default: mse)",
     )
     parser.add_argument(
-        "--calibration", type=Path, metavar="FILE", help="text for gptq and uint16, some 50 KB"
+        "--calibration",
+        type=Path,
+        metavar="FILE",
+        help="text to learn from, some 50 KB",
     )
     parser.add_argument(
         "--calibration-cache",
         type=Path,
         metavar="DIR",
-        help="keep what gptq learns from it here; an interrupted calibration goes on",
+        help="keep what is learned from it here; an interrupted calibration goes on",
     )
     parser.add_argument(
         "--size-budget",
@@ -285,7 +293,15 @@ def _export(options: argparse.Namespace, console: Console) -> int:
 
 def _quantization(options: argparse.Namespace) -> Quantization | None:
     """What is told about quantization, if anything."""
-    names = ("recipe", "quantizer", "calibration", "calibration_cache", "activations", "ranges")
+    names = (
+        "recipe",
+        "quantizer",
+        "equalize",
+        "calibration",
+        "calibration_cache",
+        "activations",
+        "ranges",
+    )
     told = {name: getattr(options, name) for name in names}
     if not any(told.values()):
         return None
@@ -344,11 +360,10 @@ def _write(
             from export.quantize.options import quantized_as_told, with_activations_as_told
             from export.trace import trace
 
+        model = run_apart(lambda: trace(checkpoint, all_logits=options.all_logits))
         told = _quantization(options)
         if told is not None:
-            target = stack.enter_context(quantized_as_told(target, told, checkpoint, stage))
-            stage("tracing the graph")
-        model = run_apart(lambda: trace(checkpoint, all_logits=options.all_logits))
+            target = stack.enter_context(quantized_as_told(target, told, checkpoint, model, stage))
         library = None if options.portable else library_path(target.provider)
         if budget is not None:
             stage("choosing the bits of every weight")

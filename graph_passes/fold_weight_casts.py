@@ -18,23 +18,27 @@ def fold_weight_casts(model: ir.Model) -> None:
     The embedding's Cast stands behind its Gather: it is folded, too. A weight that anything reads
     in its stored dtype stays as it is.
     """
-    graph = model.graph
-    for weight in list(graph.initializers.values()):
-        source = weight.const_value
-        if source is None or source.dtype not in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16):
-            continue
-        moved: list[ir.Value] = [weight]
-        casts = _find_casts(weight, moved)
-        if not casts:
-            continue
-        weight.const_value = _in_float32(source)
-        for value in moved:  # a clone shares its types, so changing one would show through
-            value.type = ir.TensorType(ir.DataType.FLOAT)
-        for cast in casts:
-            converted = cast.inputs[0]
-            assert converted is not None
-            cast.outputs[0].replace_all_uses_with(converted)
-            graph.remove(cast, safe=True)
+    for weight in list(model.graph.initializers.values()):
+        fold_casts_of(model.graph, weight)
+
+
+def fold_casts_of(graph: ir.Graph, weight: ir.Value) -> None:
+    """The same for one weight."""
+    source = weight.const_value
+    if source is None or source.dtype not in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16):
+        return
+    moved: list[ir.Value] = [weight]
+    casts = _find_casts(weight, moved)
+    if not casts:
+        return
+    weight.const_value = _in_float32(source)
+    for value in moved:  # a clone shares its types, so changing one would show through
+        value.type = ir.TensorType(ir.DataType.FLOAT)
+    for cast in casts:
+        converted = cast.inputs[0]
+        assert converted is not None
+        cast.outputs[0].replace_all_uses_with(converted)
+        graph.remove(cast, safe=True)
 
 
 def _find_casts(value: ir.Value, moved: list[ir.Value]) -> list[ir.Node] | None:

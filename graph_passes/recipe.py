@@ -2,7 +2,8 @@
 
     {"default": {"bits": 4, "block_size": 32},
      "embedding": {"bits": 8, "block_size": 32},
-     "rules": {"*.x_proj.*": null, "*.layers.{memory_layer}.attn.*": {"bits": 8}}}
+     "rules": {"*.x_proj.*": null, "*.layers.{memory_layer}.attn.*": {"bits": 8}},
+     "equalize": false}
 
 A pattern is one of ``fnmatch`` on the names of weights and may hold ``{memory_layer}`` and
 ``{shared_layer}``, the numbers of these layers; the first that matches decides; null leaves a
@@ -86,17 +87,42 @@ class Recipe:
         default: of the linear layers that no rule names.
         embedding: of the embedding and the head tied to it; None leaves them as they are.
         rules: patterns in order, the first that matches decides.
+        equalize: even out the inputs of linear layers before, see ``graph_passes.equalize``; None
+            does so where anything is quantized by what layers are fed.
+
+    Raises:
+        ValueError: the embedding's quantizer is "gptq".
     """
 
     default: WeightFormat = WeightFormat()
     embedding: WeightFormat | None = WeightFormat(bits=8)
     rules: tuple[Rule, ...] = ()
+    equalize: bool | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what would fail after a long calibration."""
+        if self.embedding is not None and self.embedding.quantizer == "gptq":
+            raise ValueError(
+                "quantizer of 'embedding' is 'gptq', which makes up for errors in a sum over "
+                "inputs, and an embedding is looked up: take 'search'"
+            )
 
     @property
     def calibrated(self) -> bool:
-        """Whether any weight is quantized by what its layer is fed on a text."""
+        """Whether anything depends on what layers are fed on a text."""
         formats = [self.default, *(storage for _, storage in self.rules)]
-        return any(isinstance(each, WeightFormat) and each.quantizer == "gptq" for each in formats)
+        return bool(self.equalize) or any(
+            isinstance(each, WeightFormat) and each.quantizer == "gptq" for each in formats
+        )
+
+    @property
+    def equalized(self) -> bool:
+        """Whether inputs of linear layers are evened out."""
+        return self.calibrated if self.equalize is None else self.equalize
+
+    def format_of(self, name: str, layers: int) -> WeightFormat | None:
+        """The format of a linear layer's weight in a model of so many layers; None leaves it."""
+        return _first_match(name, self.default, _filled_in(self.rules, layers // 2))
 
     def with_quantizer(self, quantizer: str) -> Recipe:
         """The same bits and blocks found by another quantizer.
@@ -110,13 +136,13 @@ class Recipe:
                 return storage
             return dataclasses.replace(storage, quantizer=quantizer)
 
-        # The embedding is looked up, not multiplied by: calibration says nothing of its inputs.
-        looked_up = "search" if quantizer == "gptq" else quantizer
         embedding = self.embedding
         return Recipe(
             default=dataclasses.replace(self.default, quantizer=quantizer),
-            embedding=embedding and dataclasses.replace(embedding, quantizer=looked_up),
+            embedding=embedding
+            and dataclasses.replace(embedding, quantizer=_of_embedding(quantizer)),
             rules=tuple((pattern, changed(storage)) for pattern, storage in self.rules),
+            equalize=self.equalize,
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -126,6 +152,7 @@ class Recipe:
             "default": dataclasses.asdict(self.default),
             "embedding": self.embedding and dataclasses.asdict(self.embedding),
             "rules": rules,
+            "equalize": self.equalize,
         }
 
 
@@ -140,16 +167,20 @@ def recipe_from_json(contents: Mapping[str, Any], scale_type: str = "float32") -
     """
     if not isinstance(contents, Mapping):
         raise ValueError(f"a recipe is {type(contents).__name__}, expected an object")
-    _check_keys("a recipe", contents, ("default", "embedding", "rules"))
+    _check_keys("a recipe", contents, ("default", "embedding", "rules", "equalize"))
     basis = WeightFormat(scale_type=scale_type)
     default = _format("default", contents.get("default", {}), basis)
-    basis = dataclasses.replace(default, bits=8, zero_points=False)
+    quantizer = _of_embedding(default.quantizer)
+    basis = dataclasses.replace(default, bits=8, zero_points=False, quantizer=quantizer)
     embedding = contents.get("embedding", {})
     if embedding is not None:
         embedding = _format("embedding", embedding, basis)
     rules = contents.get("rules", {})
     if not isinstance(rules, Mapping):
         raise ValueError(f"'rules' is {type(rules).__name__}, expected an object of patterns")
+    equalize = contents.get("equalize")
+    if equalize is not None and not isinstance(equalize, bool):
+        raise ValueError(f"'equalize' is {equalize!r}, expected true or false")
     return Recipe(
         default=default,
         embedding=embedding,
@@ -157,6 +188,7 @@ def recipe_from_json(contents: Mapping[str, Any], scale_type: str = "float32") -
             (pattern, None if storage is None else _format(pattern, storage, default))
             for pattern, storage in rules.items()
         ),
+        equalize=equalize,
     )
 
 
@@ -180,11 +212,7 @@ def choose_formats(
                 f"no weight of a linear layer matches {pattern!r}: correct the rule or remove it; "
                 f"there are {', '.join(near or names[:3])} and others"
             )
-    chosen: dict[str, WeightFormat | None] = {}
-    for name in names:
-        matching = [storage for pattern, storage in filled if fnmatchcase(name, pattern)]
-        chosen[name] = resolve(default, matching[0] if matching else default)
-    return chosen
+    return {name: _first_match(name, default, filled) for name in names}
 
 
 def resolve(default: WeightFormat, storage: Storage) -> WeightFormat | None:
@@ -192,6 +220,16 @@ def resolve(default: WeightFormat, storage: Storage) -> WeightFormat | None:
     if isinstance(storage, int):
         return dataclasses.replace(default, bits=storage)
     return storage
+
+
+def _first_match(name: str, default: WeightFormat, rules: Iterable[Rule]) -> WeightFormat | None:
+    matching = (storage for pattern, storage in rules if fnmatchcase(name, pattern))
+    return resolve(default, next(matching, default))
+
+
+def _of_embedding(quantizer: str) -> str:
+    """It is looked up, not multiplied by: calibration says nothing of its inputs."""
+    return "search" if quantizer == "gptq" else quantizer
 
 
 def _described(default: WeightFormat, storage: Storage) -> dict[str, Any] | None:
@@ -223,6 +261,10 @@ def _fill_in_layers(model: ir.Model, rules: list[Rule]) -> list[Rule]:
             "that says which layer that is"
         )
     memory = json.loads(model.metadata_props["sambay.config"])["num_hidden_layers"] // 2
+    return _filled_in(rules, memory)
+
+
+def _filled_in(rules: Iterable[Rule], memory: int) -> list[Rule]:
     layers = {"{memory_layer}": str(memory), "{shared_layer}": str(memory + 1)}
     filled = []
     for pattern, storage in rules:

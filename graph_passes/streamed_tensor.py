@@ -92,6 +92,20 @@ def read_float32_rows(tensor: ir.TensorProtocol) -> Iterator[np.ndarray]:
         release(tensor)
 
 
+def sample_rows(tensor: ir.TensorProtocol, count: int) -> np.ndarray:
+    """Some rows from all over a weight, float32 [count or fewer, ...].
+
+    Raises:
+        TypeError: see ``to_float32``.
+    """
+    total = tensor.shape.numpy()[0]
+    places = np.unique(np.linspace(0, total - 1, min(count, total)).astype(int))
+    try:
+        return to_float32(np.ascontiguousarray(tensor.numpy()[places]), tensor)
+    finally:
+        release(tensor)
+
+
 def to_float32(array: np.ndarray, tensor: ir.TensorProtocol) -> np.ndarray:
     """A float32 copy of an array that was read from a tensor.
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
+from graph_passes.equalize import EqualizedCalibration, Scalings, equalize
 from graph_passes.error_compensation import Calibration
 from graph_passes.pipeline import Pass
 from graph_passes.quantize_embedding import quantize_embedding
@@ -30,12 +31,16 @@ def recipe_of(target: Target) -> Recipe | None:
 
 
 def with_recipe(
-    target: Target, recipe: Recipe, calibration: Mapping[str, Calibration] | None = None
+    target: Target,
+    recipe: Recipe,
+    calibration: Mapping[str, Calibration] | None = None,
+    scalings: Scalings | None = None,
 ) -> Target:
     """The same target with its weights stored as a recipe says.
 
     Args:
         calibration: inputs of linear layers, for the quantizers that use them.
+        scalings: of weights, before anything else is done to them.
 
     Raises:
         ValueError: the target quantizes no weights, or no embedding and the recipe does.
@@ -47,7 +52,8 @@ def with_recipe(
         )
     layers: dict[str, Any] = {**dataclasses.asdict(recipe.default), "rules": recipe.rules}
     if calibration is not None:
-        layers["calibration"] = calibration
+        known = EqualizedCalibration(calibration, scalings) if scalings else calibration
+        layers["calibration"] = known
     tables: dict[str, Any] = {}
     if _settings(target, quantize_embedding) is not None and recipe.embedding is not None:
         if recipe.embedding.zero_points:
@@ -55,9 +61,9 @@ def with_recipe(
         tables = dataclasses.asdict(recipe.embedding)
         del tables["zero_points"]
     changed = {quantize_matmul: layers, quantize_embedding: tables}
-    return dataclasses.replace(
-        target, passes=tuple(_with_settings(each, changed) for each in target.passes)
-    )
+    first = (partial(equalize, scalings=scalings),) if scalings else ()
+    passes = (_with_settings(each, changed) for each in target.passes)
+    return dataclasses.replace(target, passes=(*first, *passes))
 
 
 def _settings(target: Target, function: Callable[..., Any]) -> dict[str, Any] | None:

@@ -20,7 +20,7 @@ from graph_passes.block_quantization import dequantize, quantize
 from graph_passes.pipeline import describe_pass, run_passes
 from graph_passes.quantize_matmul import find_linear_layers
 from graph_passes.recipe import Recipe, Storage, WeightFormat
-from graph_passes.streamed_tensor import release, to_float32
+from graph_passes.streamed_tensor import sample_rows
 from targets.package import OUTSIDE, alignment
 from targets.recipes import recipe_of, with_recipe
 from targets.target import Target
@@ -246,10 +246,7 @@ def _measured(name: str, costs: Mapping[str, tuple[float, float]]) -> float | No
 
 def _relative_noise(tensor: ir.TensorProtocol, form: WeightFormat) -> float:
     """Error energy over energy, from rows spread over the weight."""
-    count = tensor.shape.numpy()[0]
-    places = np.unique(np.linspace(0, count - 1, min(_SAMPLE, count)).astype(int))
-    rows = to_float32(np.ascontiguousarray(tensor.numpy()[places]), tensor)
-    release(tensor)
+    rows = sample_rows(tensor, _SAMPLE)
     noise = float(np.square(dequantize(quantize(rows, form)) - rows).sum())
     energy = float(np.square(rows).sum())
     return noise / energy if energy > 0 else 0.0

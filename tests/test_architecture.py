@@ -21,6 +21,7 @@ JOINS = {
     "export/cli.py",
     "export/olive_passes.py",
     "export/optimum_hook.py",
+    "export/quantize/equalization.py",
     "export/quantize/placement.py",
     "export/quantize/options.py",
     "export/verify/command.py",

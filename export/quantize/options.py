@@ -9,7 +9,7 @@ import contextlib
 import json
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import onnx_ir as ir
@@ -17,8 +17,12 @@ import onnx_ir as ir
 from export.checkpoint import Checkpoint
 from export.quantize.activation_ranges import measure_ranges
 from export.quantize.calibration import Calibration, CalibrationError, collect, read_text
+from export.quantize.equalization import find_scalings
 from export.tokenizer import tokenizer_files
-from graph_passes.recipe import Recipe, recipe_from_json
+from graph_passes.equalize import Scalings, equalize
+from graph_passes.pipeline import run_passes
+from graph_passes.quantize_matmul import find_linear_layers
+from graph_passes.recipe import Recipe, choose_formats, recipe_from_json
 from runtime_py.native import library_path
 from runtime_py.tokenizer import Tokenizer
 from targets.activations import INTEGER, integers_of, values_to_measure, with_activations
@@ -37,6 +41,7 @@ class Quantization:
         quantizer: for all weights; None keeps the recipe's.
         calibration: text to calibrate on; None takes the checkpoint's own.
         folder: where calibration is kept; None forgets it at the end.
+        equalize: even out the inputs of linear layers first; "gptq" does so untold.
         activations: one of ``targets.activations.ACTIVATIONS``; None keeps the target's.
         ranges: of integer activations, one of ``activation_ranges.CLIPS``; None is "mse".
     """
@@ -45,6 +50,7 @@ class Quantization:
     quantizer: str | None
     calibration: Path | None
     folder: Path | None
+    equalize: bool = False
     activations: str | None = None
     ranges: str | None = None
 
@@ -74,6 +80,7 @@ def quantized_as_told(
     target: Target,
     told: Quantization,
     checkpoint: Checkpoint,
+    traced: ir.Model,
     progress: Callable[[str], object],
 ) -> Iterator[Target]:
     """The target with its weights quantized as the command line says.
@@ -81,6 +88,7 @@ def quantized_as_told(
     The calibration that it reads is there until the context ends.
 
     Args:
+        traced: the float graph, whose weights the recipe's patterns are to match.
         progress: told what is being done.
 
     Raises:
@@ -93,10 +101,13 @@ def quantized_as_told(
     if recipe is None or not recipe.calibrated:
         yield target if recipe is None else with_recipe(target, recipe)
         return
+    names = [path.weight.name or "" for _, path in find_linear_layers(traced)]
+    choose_formats(traced, names, recipe.default, recipe.rules)  # a wrong pattern: before the work
     with contextlib.ExitStack() as stack:
         folder = told.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         calibration = _calibrate(checkpoint, told.calibration, folder, progress)
-        yield with_recipe(target, recipe, calibration)
+        scalings = _find_scalings(checkpoint, recipe, calibration, progress)
+        yield with_recipe(target, recipe, calibration, scalings)
 
 
 def with_activations_as_told(
@@ -123,8 +134,9 @@ def with_activations_as_told(
     ids = _read_ids(checkpoint, told.calibration, "integer activations need")
     layers = checkpoint.config.num_hidden_layers // 2 + 2
     advance = _count_layers("measuring activations", layers, progress, begun=-1)  # the embedding
+    first = [each for each in target.passes if getattr(each, "func", each) is equalize]
     ranges = measure_ranges(
-        traced,
+        run_passes(traced, first),  # the numbers that the target's graph computes
         ids,
         names,
         clip=told.ranges or "mse",
@@ -149,6 +161,8 @@ def _recipe(target: Target, told: Quantization) -> Recipe | None:
             raise ValueError(f"recipe {told.recipe}: {error}") from error
     if told.quantizer is not None:
         recipe = (recipe or Recipe()).with_quantizer(told.quantizer)
+    if told.equalize:
+        recipe = replace(recipe or Recipe(), equalize=True)
     _refuse_idle(told, calibrated=recipe is not None and recipe.calibrated)
     return recipe
 
@@ -161,24 +175,40 @@ def _refuse_idle(told: Quantization, *, calibrated: bool) -> None:
         )
     if told.calibration is not None and not calibrated and told.integer is None:
         raise CalibrationError(
-            f"--calibration {told.calibration} would not be used: only the quantizer gptq and "
-            "integer activations calibrate, so add --quantizer gptq, or for an NPU "
+            f"--calibration {told.calibration} would not be used: only the quantizer gptq, "
+            "--equalize and integer activations calibrate, so add --quantizer gptq, or for an NPU "
             f"--activations {next(iter(INTEGER))}"
         )
     if told.folder is not None and not calibrated:
         raise CalibrationError(
-            f"--calibration-cache {told.folder} would not be used: only the quantizer gptq keeps "
-            "what it calibrates, so add --quantizer gptq"
+            f"--calibration-cache {told.folder} would not be used: only the quantizer gptq and "
+            "--equalize keep what they calibrate, so add --quantizer gptq"
         )
 
 
 def _calibrate(
     checkpoint: Checkpoint, text: Path | None, folder: Path, progress: Callable[[str], object]
 ) -> Calibration:
-    ids = _read_ids(checkpoint, text, "the quantizer gptq needs")
+    ids = _read_ids(checkpoint, text, "the quantizer gptq or --equalize needs")
     layers = checkpoint.config.num_hidden_layers
     advance = _count_layers("calibrating", layers, progress)
     return collect(checkpoint, ids, folder, progress=advance)
+
+
+def _find_scalings(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    calibration: Calibration,
+    progress: Callable[[str], object],
+) -> Scalings | None:
+    if not recipe.equalized:
+        return None
+    layers = checkpoint.config.num_hidden_layers
+    advance = _count_layers("evening out inputs", layers, progress)
+    advance(0)
+    return find_scalings(
+        checkpoint, lambda name: recipe.format_of(name, layers), calibration, advance
+    )
 
 
 def _count_layers(

@@ -7,9 +7,12 @@ Source: com.microsoft.MatMulNBits, com.microsoft.GatherBlockQuantized and Dequan
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import json
 import math
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +22,7 @@ from export.checkpoint import Checkpoint, StoredTensor
 from export.verify.compare import snr
 from export.weights import read_weight
 
+_EQUALIZED = "sambay.equalized"  # metadata, see ``graph_passes.equalize``
 _CHUNK = 1 << 20  # elements decoded at once
 _UNSTORED = {"Unsqueeze", "Reshape", "Cast", "Squeeze", "Identity"}  # of scales, on their way
 
@@ -77,13 +81,14 @@ def compare_weights(
     Raises:
         ValueError: the package's data file is not one that may be read, such as a hard link.
     """
-    errors, left_out = [], []
+    errors, left_out, exponents = [], [], _exponents(model)
     for name, stored in _stored_weights(model.graph):
         source = _source(name, checkpoint)
         if source is None:
             continue
         try:
-            errors.append(_compare(source, name, stored, progress))
+            scaled = exponents.get(source.name.partition("[")[0], {})
+            errors.append(_compare(source, name, stored, scaled, progress))
         except _OtherShape:
             left_out.append(name)
         finally:
@@ -96,6 +101,7 @@ def _compare(
     source: StoredTensor,
     name: str,
     stored: _Stored,
+    scaled: Mapping[str, np.ndarray],
     progress: Callable[[int], object] | None,
 ) -> WeightError:
     count = source.shape[0]
@@ -109,8 +115,8 @@ def _compare(
         decoded = stored.rows(start, stop)
         if len(decoded) != stop - start or decoded.size < wanted.size:
             raise _OtherShape(f"{name} is {decoded.shape}, expected rows of {width}")
-        decoded = decoded.reshape(stop - start, -1)
-        difference = decoded[:, :width] - wanted  # a last block may reach beyond the row
+        decoded = decoded.reshape(stop - start, -1)[:, :width]  # a last block may reach beyond
+        difference = _unscaled(decoded, scaled, start) - wanted
         energies, noises = (np.einsum("ij,ij->i", a, a) for a in (wanted, difference))
         energy, noise = energy + float(energies.sum()), noise + float(noises.sum())
         largest = max(largest, float(np.abs(np.nan_to_num(difference, nan=np.inf)).max()))
@@ -127,6 +133,33 @@ def _compare(
         worst_row_db=worst if width > 1 else snr(energy, noise),
         largest=largest,
     )
+
+
+def _exponents(model: ir.Model) -> dict[str, dict[str, np.ndarray]]:
+    """Of the powers of two that weights were multiplied by: "rows" and "columns", by name."""
+    try:
+        told = json.loads(model.metadata_props.get(_EQUALIZED, "{}"))
+        return {
+            name: {
+                axis: np.frombuffer(zlib.decompress(base64.b64decode(text)), np.int8)
+                for axis, text in axes.items()
+            }
+            for name, axes in told.items()
+        }
+    except (ValueError, AttributeError, TypeError, zlib.error) as error:
+        raise ValueError(
+            f"metadata {_EQUALIZED!r} cannot be read ({error}): export the package again"
+        ) from error
+
+
+def _unscaled(decoded: np.ndarray, scaled: Mapping[str, np.ndarray], first: int) -> np.ndarray:
+    """Rows [n, columns] as they were before they were multiplied by powers of two."""
+    if "rows" in scaled:
+        rows = scaled["rows"][first : first + len(decoded)]
+        decoded = np.ldexp(decoded, -rows.astype(np.int32)[:, None])
+    if "columns" in scaled:
+        decoded = np.ldexp(decoded, -scaled["columns"].astype(np.int32))
+    return decoded
 
 
 def _worst(energies: np.ndarray, noises: np.ndarray) -> float:

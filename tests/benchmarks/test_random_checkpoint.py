@@ -13,6 +13,8 @@ from benchmarks.random_checkpoint import (
     write_checkpoint,
 )
 from export.checkpoint import INDEX_FILE, find_non_finite, open_checkpoint
+from export.quantize.options import TEXT
+from runtime_py.tokenizer import Tokenizer
 
 
 def write_small(folder: Path, seed: int = 0) -> int:
@@ -112,6 +114,24 @@ def test_the_command_writes_a_checkpoint(
     assert main([str(tmp_path / "new"), "--size", "small", "--seed", "5"]) == 0
     total = open_checkpoint(tmp_path / "new").total_bytes
     assert f"{total} bytes" in capsys.readouterr().out
+
+
+def test_with_a_tokenizer_it_reads_the_text_beside_it(tmp_path: Path) -> None:
+    config = CONFIG | SMALL | {"vocab_size": 800}
+    write_checkpoint(tmp_path, config, SMALL_GENERATION, tokenizer=True)
+    ids = Tokenizer(tmp_path).encode((tmp_path / TEXT).read_text(encoding="utf-8"))
+    assert len(ids) > 10_000
+    assert max(ids) < 800
+
+
+def test_a_small_vocabulary_is_no_match_for_the_tokenizer(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main([str(tmp_path / "new"), "--size", "small", "--tokenizer"])
+    assert caught.value.code == 2
+    assert "take the published size" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize("seed", ["-1", "x", "1.5"])

@@ -11,8 +11,10 @@ from export.cli import REFERENCE
 
 def test_a_package_is_exported_looked_at_run_and_removed(tmp_path: Path) -> None:
     arguments = ["--folder", str(tmp_path / "made"), "--target", "webgpu-int4"]
+    arguments += ["--options=--quantizer rtn"]
     assert main([str(REFERENCE), *arguments, "--json", str(tmp_path / "found.json")]) == 0
     (row,) = json.loads((tmp_path / "found.json").read_text(encoding="utf-8"))["targets"]
+    assert row["options"] == ["--quantizer", "rtn"]
     assert row["bytes"]["model.onnx.data"] > 10**6
     assert row["lint"]["faults"] == 0
     assert row["lint"]["nodes"] > 500

@@ -11,6 +11,7 @@ from export.checkpoint import open_checkpoint
 from export.cli import REFERENCE, main
 from export.quantize.calibration import Calibration
 from export.quantize.options import Quantization, quantized_as_told
+from export.trace import trace
 from graph_passes.recipe import WeightFormat
 from targets import DEFAULT, find_target
 from targets.recipes import recipe_of
@@ -27,7 +28,9 @@ def told(**options: object) -> Quantization:
 
 def shaped(target: Target, quantization: Quantization, said: list[str] | None = None) -> Target:
     progress = [].append if said is None else said.append
-    with quantized_as_told(target, quantization, open_checkpoint(REFERENCE), progress) as result:
+    checkpoint = open_checkpoint(REFERENCE)
+    traced = trace(checkpoint)
+    with quantized_as_told(target, quantization, checkpoint, traced, progress) as result:
         return result
 
 
@@ -51,7 +54,8 @@ def test_gptq_collects_what_it_needs_and_keeps_it_where_told(tmp_path: Path) -> 
     text.write_text(TEXT)
     target = shaped(DEFAULT, told(quantizer="gptq", calibration=text, folder=folder), said)
     assert said[0] == "calibrating: 0 of 8 layers"
-    assert said[-1] == "calibrating: 8 of 8 layers"
+    assert "calibrating: 8 of 8 layers" in said
+    assert said[-1] == "evening out inputs: 8 of 8 layers"
     found = next(
         apply.keywords["calibration"]
         for apply in target.passes
@@ -74,6 +78,7 @@ def test_gptq_collects_what_it_needs_and_keeps_it_where_told(tmp_path: Path) -> 
         (["--recipe", "{none}"], "none.txt cannot be read"),
         (["--recipe", "{text}"], "recipe .*text.txt is no JSON"),
         (["--recipe", "{wrong}"], r"wrong.txt: format of 'default': block_size is 24"),
+        (["--recipe", "{nowhere}"], r"no weight of a linear layer matches '\*\.fc3\.\*'"),
         (["--recipe", "{wrong}", "--size-budget", "1MB"], "both choose the bits"),
         (["--activations", "uint16"], "choice of NPU targets, and cpu-int4 is for CPU"),
         (["--activations", "float16", "--target", "directml-int4"], "choice of NPU targets"),
@@ -92,6 +97,7 @@ def test_bad_input_gives_one_line(
         "empty": "\n",
         "short": "Hello",
         "wrong": '{"default": {"block_size": 24}}',
+        "nowhere": '{"default": {"quantizer": "gptq"}, "rules": {"*.fc3.*": null}}',
     }
     for name, contents in files.items():
         (tmp_path / f"{name}.txt").write_text(contents)

@@ -46,6 +46,19 @@ def test_the_first_rule_that_matches_decides_and_bits_alone_keep_the_rest() -> N
     }
 
 
+def test_inputs_are_evened_out_where_they_are_known_or_where_that_is_told() -> None:
+    calibrated = recipe_from_json({"default": {"quantizer": "gptq"}})
+    assert calibrated.embedding.quantizer == "search"
+    assert calibrated.calibrated
+    assert calibrated.equalized
+    assert not recipe_from_json({"equalize": False, "default": {"quantizer": "gptq"}}).equalized
+    assert not Recipe().equalized
+    told = recipe_from_json({"equalize": True})
+    assert told.calibrated
+    assert told.equalized
+    assert recipe_from_json(told.to_json()) == told
+
+
 def test_an_unknown_pattern_is_refused_by_name_and_near_ones_offered() -> None:
     with pytest.raises(ValueError, match=r"matches '\*\.xproj\.\*'.*layers\.0\.attn\.x_proj"):
         choose_formats(MODEL, NAMES, WeightFormat(), [("*.xproj.*", None)])
@@ -89,6 +102,8 @@ def test_another_quantizer_keeps_bits_and_blocks(quantizer: str) -> None:
         ({"rules": {"*.fc1.*": {"block_size": 24}}}, r"'\*\.fc1\.\*': block_size is 24"),
         ({"embedding": {"quantizer": "best"}}, "'embedding': quantizer is 'best'"),
         ({"default": {"bits": [4]}}, r"bits is \[4\]"),
+        ({"equalize": 1}, "'equalize' is 1, expected true or false"),
+        ({"embedding": {"quantizer": "gptq"}}, "'embedding' is 'gptq'.*take 'search'"),
     ],
 )
 def test_what_cannot_be_read_is_refused_by_name(contents: object, message: str) -> None:
