@@ -32,7 +32,7 @@ from export.weights import load_weights
 from graph_passes.infer_types import infer_types
 from graph_passes.pipeline import graph_pass, run_passes
 from graph_passes.quantize_matmul import find_linear_layers, quantize_matmul
-from graph_passes.recipe import Rule, recipe_from_json
+from graph_passes.recipe import Recipe, Rule, recipe_from_json
 from graph_passes.streamed_tensor import StreamedTensor
 from runtime_py.native import library_path
 from targets import find_target
@@ -110,7 +110,8 @@ class SambaYTarget(Pass):
         if config.recipe is not None:
             own = recipe_of(target)  # its scales are the target's, as with phi4export --recipe
             scale_type = "float32" if own is None else own.default.scale_type
-            target = with_recipe(target, recipe_from_json(config.recipe, scale_type))
+            recipe = _uncalibrated(recipe_from_json(config.recipe, scale_type))
+            target = with_recipe(target, recipe)
         traced = ir.load(model.model_path)
         if "sambay.config" not in traced.metadata_props or "sambay.target" in traced.metadata_props:
             raise ValueError(
@@ -169,7 +170,7 @@ class BlockQuantization(Pass):
                 "the recipe has a format for 'embedding', but BlockQuantization stores products "
                 "only: remove it, or take SambaYTarget"
             )
-        recipe = recipe_from_json(described)
+        recipe = _uncalibrated(recipe_from_json(described))
         if recipe.default.scale_type != "float32":
             raise ValueError(
                 f"the recipe's scale_type is {recipe.default.scale_type!r}, but BlockQuantization "
@@ -185,6 +186,16 @@ class BlockQuantization(Pass):
         folder = _folder(output_model_path)
         _save(_match_scales(quantized), folder)
         return _handler(folder, ())
+
+
+def _uncalibrated(recipe: Recipe) -> Recipe:
+    """The recipe, if it needs no text: Olive gives passes a model alone."""
+    if recipe.calibrated:
+        raise ValueError(
+            "the recipe's 'gptq' or 'equalize' needs calibration text, which these passes do not "
+            "take: choose 'search' and no 'equalize', or export with phi4export --recipe"
+        )
+    return recipe
 
 
 PASSES: dict[type[Pass], tuple[str, ...]] = {  # and the precisions they make

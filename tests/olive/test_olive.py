@@ -200,6 +200,15 @@ def test_ours_and_olives_own_passes_run_in_one_workflow(olive_run, tmp_path) -> 
         ({"type": "SambaYTarget", "target": "cpu-int4"}, "put a SambaYExport before"),
         ({"type": "SambaYTarget", "target": "cpu-int5"}, "did you mean cpu-int"),
         ({"type": "BlockQuantization", "recipe": {"embedding": {}}}, "products only"),
+        ({"type": "BlockQuantization", "recipe": {"equalize": True}}, "needs calibration text"),
+        (
+            {
+                "type": "SambaYTarget",
+                "target": "cpu-int4",
+                "recipe": {"default": {"quantizer": "gptq"}},
+            },
+            "needs calibration text",
+        ),
         ({"type": "BlockQuantization", "recipe": {"rules": {"third*": None}}}, "'third\\*'"),
     ],
     ids=lambda value: str(value)[:40],
