@@ -265,14 +265,13 @@ def _row(flow: Flow, row: int) -> Flow:
 
 def ranking_table(found: list[Sensitivity]) -> Table:
     """For a terminal."""
-    table = Table("weight", "rows x columns", box=None, pad_edge=False)
-    for title in ("weight dB", "output error", "mean KL", "KL / million"):
+    table = Table("weight", box=None, pad_edge=False)
+    for title in ("millions", "weight\ndB", "output\nerror", "mean\nKL", "KL / a\nmillion"):
         table.add_column(title, justify="right")
     for each in found:
         size = each.shape[0] * each.shape[1] / 1e6
-        numbers = f"{each.snr_db:.1f}", f"{each.hidden_error:.2g}", f"{each.kl:.2g}"
-        rows = " x ".join(map(str, each.shape))
-        table.add_row(each.name, rows, *numbers, f"{each.kl / size:.2g}")
+        errors = f"{each.snr_db:.1f}", f"{each.hidden_error:.2g}", f"{each.kl:.2g}"
+        table.add_row(each.name, f"{size:.3g}", *errors, f"{each.kl / size:.2g}")
     return table
 
 
