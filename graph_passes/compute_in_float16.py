@@ -23,7 +23,7 @@ _LARGEST = float(np.finfo(np.float16).max)
 def compute_in_float16(model: ir.Model) -> None:
     """Turn a float32 graph, its operators not yet inlined, into one of mixed precision.
 
-    float16: weights of linear layers, what flows between them, convolution states.
+    float16: the embedding, weights of linear layers, what flows between them, convolution states.
     float32: the residual stream and its norms, scan states, everything computed from weights alone
     (lambdas, decay rates), logits; and inside their bodies scan, softmax, pair norm and gate. The
     residual stream costs nothing that counts and cannot overflow. Keys and values stay what they
@@ -75,7 +75,7 @@ def _convert_states(graph: ir.Graph) -> None:
 def _compute_dtype(node: ir.Node, constant: set[ir.Node]) -> ir.DataType:
     if node.op_type == "LayerNormalization":
         return _WIDE
-    if node.op_type in _PRODUCTS or node.domain == "ai.sambay":
+    if node.op_type in _PRODUCTS or node.domain == "ai.sambay" or _looks_up_weights(node):
         return _HALF
     moving = [
         value
@@ -88,6 +88,12 @@ def _compute_dtype(node: ir.Node, constant: set[ir.Node]) -> ir.DataType:
     if node.op_type == "Add" and len(moving) == 2:  # the residual stream
         return _WIDE
     return _HALF if any(value.dtype == _HALF for value in moving) else _WIDE
+
+
+def _looks_up_weights(node: ir.Node) -> bool:
+    """The embedding: in float16 the head that is tied to it reads the same bytes."""
+    table = node.inputs[0] if node.op_type == "Gather" else None
+    return table is not None and table.is_initializer() and _is_float(table)
 
 
 def _stays(node: ir.Node, index: int, value: ir.Value) -> bool:

@@ -172,8 +172,9 @@ class SlicedPackage:
             if name in inside and name not in outputs:
                 graph.outputs.append(inside[name])
         if part.layer == self.config["num_hidden_layers"]:
-            graph.inputs[-1].shape = None  # the head takes any number of tokens
-            graph.outputs[0].shape = None
+            # The head takes any number of tokens, whatever a call of the package ends with.
+            for value in (graph.inputs[-1], *inside.values()):
+                value.shape = None
         functions = list(self._model.functions.values())
         proto = ir.to_proto(ir.Model(graph, ir_version=self._model.ir_version, functions=functions))
         _name_files(proto)

@@ -6,6 +6,7 @@ own provider has kernels for them.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from export.checkpoint import open_checkpoint
 from export.cli import REFERENCE, main
 from export.tokenizer import write_tokenizer
 from export.trace import trace
+from export.verify.command import main as verify
 from graph_passes.cleanup import cleanup
 from graph_passes.pipeline import run_passes
 from runtime_py import InputError, Session
@@ -98,6 +100,17 @@ def test_logits_are_those_of_float32(open_on_cpu: Open, target: Target) -> None:
             steps, ties = steps + 1, ties + int(logits.argmax() != expected.argmax())
     assert steps > 40
     assert ties <= (1 if target.cache == "float16" else 0)
+
+
+@by_target
+def test_a_package_is_held_against_its_checkpoint(
+    open_on_cpu: Open, target: Target, tmp_path: Path
+) -> None:
+    package, report = open_on_cpu(target).path.parent, tmp_path / "report.json"
+    arguments = ["--checkpoint", str(REFERENCE), "--tokens", "40", "--json", str(report)]
+    assert verify([str(package), *arguments]) == 0
+    tokens = json.loads(report.read_text(encoding="utf-8"))["next_tokens"]
+    assert [each["tokens"] for each in tokens] == [128, 40]  # at random, and of the text
 
 
 @by_target

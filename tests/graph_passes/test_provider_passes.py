@@ -23,6 +23,7 @@ from graph_passes.narrow_mod import narrow_mod
 from graph_passes.pack_window_caches import pack_window_caches
 from graph_passes.pipeline import Pass, describe_pass, run_passes
 from graph_passes.quantize_embedding import quantize_embedding
+from graph_passes.read_tied_head_in_place import read_tied_head_in_place
 from graph_passes.replace_integer_clip import replace_integer_clip
 from graph_passes.replace_scan_loop import replace_scan_loop
 from graph_passes.replace_scatter import replace_scatter
@@ -187,6 +188,17 @@ def test_float16_is_near_and_leaves_logits_and_scan_states_alone(
     weights = {value.dtype for value in half.graph.initializers.values()}
     assert ir.DataType.FLOAT16 in weights
     assert compute_in_float16(half).graph.num_nodes() == half.graph.num_nodes()
+
+
+def test_an_embedding_and_the_head_tied_to_it_are_one_table_of_float16(
+    traced: Callable[..., ir.Model],
+) -> None:
+    wide = run_passes(traced(), (cleanup, fold_weight_casts, read_tied_head_in_place))
+    half = compute_in_float16(wide)
+    tables = [name for name in half.graph.initializers if "embed_tokens" in name]
+    assert tables == ["model.embed_tokens.weight.float16"]
+    readers = {node.op_type for node, _ in half.graph.initializers[tables[0]].uses()}
+    assert readers == {"Gather", "Gemm"}
 
 
 @pytest.mark.parametrize("bounds", [(2, None), (None, 3), (2, 3), (None, None)])
