@@ -46,11 +46,12 @@ the CPU provider for a prompt of 10 tokens and three more; bodies are inlined, n
 | `webgpu-int4` | 2.55 GB | 3724 | 2.00 GB, 142 s of processor time | 5.3 GB |
 | `directml-fp16` | 7.71 GB | 3548 | 1.60 GB, 92 s of processor time | 18.0 GB |
 | `cuda-fp16` | 7.71 GB | 3710 | 1.56 GB, 89 s of processor time | 18.1 GB |
-| `qnn-npu-w4a16 --activations uint16` | 2.71 GB, five graphs | 4991 | 2.73 GB, 322 s of processor time | 5.1 GB |
+| `qnn-npu-w4a16`, uint16 | 2.71 GB | 4991 | 2.73 GB, 322 s of processor time | 5.1 GB |
 
 By `python -m benchmarks.targets DIR --folder PACKAGES`; machine, versions and date are in
-[targets.json](../benchmarks/results/targets.json). The CPU provider makes float32 of float16, hence
-the 18 GB. `qnn-npu-w4a16` with float16 was measured apart: [2.60 GB](engines.md#qnn).
+[targets.json](../benchmarks/results/targets.json), the last row with `--activations uint16`, five
+graphs. The CPU provider makes float32 of float16, hence the 18 GB. `qnn-npu-w4a16` with float16 was
+measured apart: [2.60 GB](engines.md#qnn).
 
 - A package opened by `runtime_py` without naming a provider uses the one it was made for, or says
   what that is.
