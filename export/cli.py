@@ -270,10 +270,12 @@ def _export(options: argparse.Namespace, console: Console) -> int:
     budget = _budget(options)
     told = _quantization(options)
     if told is not None:
-        from export.quantize.options import check
+        from export.quantize.options import check, check_text
 
         check(target, told)
     checkpoint = open_checkpoint(source)
+    if told is not None:
+        check_text(target, told, checkpoint)
     package = _write(checkpoint, name, target, destination, options, budget, console)
     size = sum(file.stat().st_size for file in package.iterdir())
     shown = escape(str(package))

@@ -31,6 +31,9 @@ from targets.target import Target
 
 TEXT = "quantization.txt"  # beside a checkpoint's weights: what to calibrate on, if nothing is told
 
+# Who needs a text, to be told where there is none.
+_CALIBRATED, _INTEGERS = "the quantizer gptq or --equalize needs", "integer activations need"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Quantization:
@@ -61,7 +64,7 @@ class Quantization:
 
 
 def check(target: Target, told: Quantization) -> None:
-    """Refuse what cannot be used, before any work is spent.
+    """Refuse what cannot be used, before a checkpoint is fetched.
 
     Raises:
         ValueError: as ``quantized_as_told``.
@@ -73,6 +76,19 @@ def check(target: Target, told: Quantization) -> None:
         integers_of(target, told.activations)
     if told.calibration is not None:
         read_text(told.calibration)
+
+
+def check_text(target: Target, told: Quantization, checkpoint: Checkpoint) -> None:
+    """Refuse to begin without the text that will be needed.
+
+    Raises:
+        ValueError: none was told, and none lies beside the weights; or it cannot be read.
+    """
+    if told.integer is not None:
+        _read_text(checkpoint, told.calibration, _INTEGERS)
+    recipe = _recipe(target, told)
+    if recipe is not None and recipe.calibrated:
+        _read_text(checkpoint, told.calibration, _CALIBRATED)
 
 
 @contextlib.contextmanager
@@ -95,8 +111,6 @@ def quantized_as_told(
         ValueError: a recipe, a quantizer or a calibration text that cannot be used; or a target
             that stores its weights in full.
     """
-    if told.integer is not None:
-        _find_text(checkpoint, told.calibration, "integer activations need")  # before any work
     recipe = _recipe(target, told)
     if recipe is None or not recipe.calibrated:
         yield target if recipe is None else with_recipe(target, recipe)
@@ -131,7 +145,7 @@ def with_activations_as_told(
     if told.integer is None:
         return target
     names = values_to_measure(shaped, target, told.integer)
-    ids = _read_ids(checkpoint, told.calibration, "integer activations need")
+    ids = _read_ids(checkpoint, told.calibration, _INTEGERS)
     layers = checkpoint.config.num_hidden_layers // 2 + 2
     advance = _count_layers("measuring activations", layers, progress, begun=-1)  # the embedding
     first = [each for each in target.passes if getattr(each, "func", each) is equalize]
@@ -189,7 +203,7 @@ def _refuse_idle(told: Quantization, *, calibrated: bool) -> None:
 def _calibrate(
     checkpoint: Checkpoint, text: Path | None, folder: Path, progress: Callable[[str], object]
 ) -> Calibration:
-    ids = _read_ids(checkpoint, text, "the quantizer gptq or --equalize needs")
+    ids = _read_ids(checkpoint, text, _CALIBRATED)
     layers = checkpoint.config.num_hidden_layers
     advance = _count_layers("calibrating", layers, progress)
     return collect(checkpoint, ids, folder, progress=advance)
@@ -227,16 +241,16 @@ def _count_layers(
 
 def _read_ids(checkpoint: Checkpoint, text: Path | None, who_needs: str) -> list[int]:
     """Tokens of the text that is told, or of the one beside the weights."""
-    contents = read_text(_find_text(checkpoint, text, who_needs))
+    contents = _read_text(checkpoint, text, who_needs)
     with tokenizer_files(checkpoint.folder, "calibration") as folder:
         return Tokenizer(folder).encode(contents)
 
 
-def _find_text(checkpoint: Checkpoint, told: Path | None, who_needs: str) -> Path:
+def _read_text(checkpoint: Checkpoint, told: Path | None, who_needs: str) -> str:
     text = told or checkpoint.folder / TEXT
     if told is None and not text.is_file():
         raise CalibrationError(
             f"{who_needs} text of the kind the model is for: give a UTF-8 file of "
             f"some 50 KB as --calibration FILE, or put one at {text}"
         )
-    return text
+    return read_text(text)
