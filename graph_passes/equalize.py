@@ -70,15 +70,13 @@ class EqualizedInputs:
 
     def second_moments(self) -> np.ndarray:
         """See ``Calibration``."""
-        down = -self.exponents.astype(np.int32)
-        moments = np.ldexp(self.inputs.second_moments(), down)
-        return np.ldexp(moments, down[:, None], out=moments)
+        moments = np.ldexp(self.inputs.second_moments(), -self.exponents)
+        return np.ldexp(moments, -self.exponents[:, None], out=moments)
 
     def mean_squares(self) -> np.ndarray:
         """See ``Calibration``."""
-        down = -self.exponents.astype(np.int32)
-        squares: np.ndarray = np.ldexp(self.inputs.mean_squares(), 2 * down)
-        return squares
+        squares = np.ldexp(self.inputs.mean_squares(), -self.exponents)
+        return np.ldexp(squares, -self.exponents, out=squares)
 
 
 class EqualizedCalibration(Mapping[str, Calibration]):
@@ -189,9 +187,8 @@ def _output_error(
     exponents: np.ndarray,
 ) -> float:
     """Mean square of what rounding does to the layer's outputs."""
-    wide = exponents.astype(np.int32)
-    stored = quantize(np.ldexp(rows, wide), form, EqualizedInputs(inputs, exponents))
-    lost = np.ldexp(dequantize(stored), -wide) - rows
+    stored = quantize(np.ldexp(rows, exponents), form, EqualizedInputs(inputs, exponents))
+    lost = np.ldexp(dequantize(stored), -exponents) - rows
     return float(np.einsum("ij,ij->", lost @ moments, lost))
 
 
@@ -211,9 +208,9 @@ def _scaled(tensor: ir.TensorProtocol, scaling: Scaling, first: int) -> Streamed
         at = first
         for chunk in read_float32_rows(tensor):
             if columns is not None:
-                chunk = np.ldexp(chunk, columns.astype(np.int32))
+                chunk = np.ldexp(chunk, columns)
             if rows is not None:
-                here = rows[at : at + len(chunk)].astype(np.int32)
+                here = rows[at : at + len(chunk)]
                 chunk = np.ldexp(chunk, here.reshape(-1, *[1] * (chunk.ndim - 1)))
             at += len(chunk)
             yield chunk

@@ -44,6 +44,11 @@ def run_passes(
     return model
 
 
+def is_pass(apply: Pass, function: Callable[..., ir.Model]) -> bool:
+    """Whether a pass is this function, with or without settings."""
+    return getattr(apply, "func", apply) is function
+
+
 def describe_pass(apply: Pass) -> str:
     """A pass as one would write it, such as ``quantize_matmul(bits=4, block_size=32)``."""
     if not isinstance(apply, functools.partial):

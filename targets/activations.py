@@ -8,7 +8,7 @@ from functools import partial
 import onnx_ir as ir
 
 from graph_passes.inline_operators import inline_operators
-from graph_passes.pipeline import Pass
+from graph_passes.pipeline import Pass, is_pass
 from graph_passes.quantize_activations import Ranges, find_quantized, quantize_activations
 from targets.target import Integers, Target
 
@@ -66,12 +66,8 @@ def with_activations(target: Target, activations: str, ranges: Ranges) -> Target
 
     def insert(passes: tuple[Pass, ...]) -> tuple[Pass, ...]:
         """Before operators are inlined, so that their insides stay floats."""
-        (at,) = (i for i, each in enumerate(passes) if _is_inlining(each))
+        (at,) = (i for i, each in enumerate(passes) if is_pass(each, inline_operators))
         return (*passes[:at], added, *passes[at:])
 
     graphs = (dataclasses.replace(each, passes=insert(each.passes)) for each in target.graphs)
     return dataclasses.replace(target, graphs=tuple(graphs))
-
-
-def _is_inlining(apply: Pass) -> bool:
-    return getattr(apply, "func", apply) is inline_operators

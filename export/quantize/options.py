@@ -20,7 +20,7 @@ from export.quantize.calibration import Calibration, CalibrationError, collect, 
 from export.quantize.equalization import find_scalings
 from export.tokenizer import tokenizer_files
 from graph_passes.equalize import Scalings, equalize
-from graph_passes.pipeline import run_passes
+from graph_passes.pipeline import is_pass, run_passes
 from graph_passes.quantize_matmul import find_linear_layers
 from graph_passes.recipe import Recipe, choose_formats, recipe_from_json
 from runtime_py.native import library_path
@@ -148,7 +148,7 @@ def with_activations_as_told(
     ids = _read_ids(checkpoint, told.calibration, _INTEGERS)
     layers = checkpoint.config.num_hidden_layers // 2 + 2
     advance = _count_layers("measuring activations", layers, progress, begun=-1)  # the embedding
-    first = [each for each in target.passes if getattr(each, "func", each) is equalize]
+    first = [each for each in target.passes if is_pass(each, equalize)]
     ranges = measure_ranges(
         run_passes(traced, first),  # the numbers that the target's graph computes
         ids,

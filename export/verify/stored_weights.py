@@ -87,8 +87,7 @@ def compare_weights(
         if source is None:
             continue
         try:
-            scaled = exponents.get(source.name.partition("[")[0], {})
-            errors.append(_compare(source, name, stored, scaled, progress))
+            errors.append(_compare(source, name, stored, _cut(exponents, source.name), progress))
         except _OtherShape:
             left_out.append(name)
         finally:
@@ -152,13 +151,22 @@ def _exponents(model: ir.Model) -> dict[str, dict[str, np.ndarray]]:
         ) from error
 
 
+def _cut(exponents: Mapping[str, dict[str, np.ndarray]], name: str) -> dict[str, np.ndarray]:
+    """Those of a weight, or of the rows [start:stop] that its name ends in."""
+    stem, _, rows = name.partition("[")
+    found = dict(exponents.get(stem, {}))
+    if rows and "rows" in found:
+        found["rows"] = found["rows"][int(rows.partition(":")[0]) :]
+    return found
+
+
 def _unscaled(decoded: np.ndarray, scaled: Mapping[str, np.ndarray], first: int) -> np.ndarray:
     """Rows [n, columns] as they were before they were multiplied by powers of two."""
     if "rows" in scaled:
         rows = scaled["rows"][first : first + len(decoded)]
-        decoded = np.ldexp(decoded, -rows.astype(np.int32)[:, None])
+        decoded = np.ldexp(decoded, -rows[:, None])
     if "columns" in scaled:
-        decoded = np.ldexp(decoded, -scaled["columns"].astype(np.int32))
+        decoded = np.ldexp(decoded, -scaled["columns"])
     return decoded
 
 

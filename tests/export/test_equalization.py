@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -69,13 +68,18 @@ def loud(tmp_path_factory: pytest.TempPathFactory) -> Path:
         )
         scaled = np.asarray(numbers, np.float32)
         if scaling.columns is not None:
-            scaled = np.ldexp(scaled, scaling.columns.astype(np.int32))
+            scaled = np.ldexp(scaled, scaling.columns)
         if scaling.rows is not None:
-            rows = scaling.rows.astype(np.int32)
+            rows = scaling.rows
             scaled = np.ldexp(scaled, rows.reshape(-1, *[1] * (scaled.ndim - 1)))
         numbers[...] = scaled.astype(ml_dtypes.bfloat16)
         numbers.flush()
     return folder
+
+
+@pytest.fixture(scope="module")
+def traced(loud: Path) -> ir.Model:
+    return trace(open_checkpoint(loud))
 
 
 @pytest.fixture(scope="module")
@@ -117,10 +121,9 @@ def test_an_even_model_stays_as_it_is(tmp_path: Path) -> None:
 
 
 def test_the_float_model_computes_the_same_bits(
-    loud: Path, scalings: Scalings, tmp_path: Path
+    traced: ir.Model, scalings: Scalings, tmp_path: Path
 ) -> None:
-    traced, target = trace(open_checkpoint(loud)), find_target("cpu-fp32")
-    logits = []
+    target, logits = find_target("cpu-fp32"), []
     for name, first in (("as-it-is", ()), ("evened", (partial(equalize, scalings=scalings),))):
         passes = (*first, *target.passes)
         made = traced
@@ -184,7 +187,7 @@ def test_a_loud_model_loses_less_evened_out_and_its_weights_are_compared_as_they
 
 
 def test_ranges_of_activations_are_those_of_the_evened_graph(
-    loud: Path, scalings: Scalings, monkeypatch: pytest.MonkeyPatch
+    loud: Path, traced: ir.Model, scalings: Scalings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[ir.Model] = []
 
@@ -193,7 +196,7 @@ def test_ranges_of_activations_are_those_of_the_evened_graph(
         return {}
 
     monkeypatch.setattr(options, "measure_ranges", look)
-    traced, target = trace(open_checkpoint(loud)), find_target("qnn-npu-w4a16")
+    target = find_target("qnn-npu-w4a16")
     target = replace(target, passes=(partial(equalize, scalings=scalings), *target.passes))
     told = Quantization(
         recipe=None, quantizer=None, calibration=None, folder=None, activations="uint16"
@@ -206,20 +209,20 @@ def test_ranges_of_activations_are_those_of_the_evened_graph(
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("scalings", "message"),
     [
-        (lambda found: {"model.layers.9.mlp.fc2.weight": Scaling()}, "no weight 'model.layers.9"),
+        ({"model.layers.9.mlp.fc2.weight": Scaling()}, "no weight 'model.layers.9"),
         (
-            lambda found: {"model.layers.0.mlp.fc2.weight": Scaling(columns=np.zeros(3, np.int8))},
+            {"model.layers.0.mlp.fc2.weight": Scaling(columns=np.zeros(3, np.int8))},
             "exponents are of another shape",
         ),
     ],
 )
 def test_scalings_of_another_model_are_refused(
-    loud: Path, change: Callable[[Scalings], dict[str, Scaling]], message: str
+    traced: ir.Model, scalings: dict[str, Scaling], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        equalize(trace(open_checkpoint(loud)), scalings=change(Scalings()))
+        equalize(traced, scalings=scalings)
 
 
 @pytest.mark.parametrize(

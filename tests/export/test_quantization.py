@@ -1,10 +1,12 @@
 """What the command line says about quantization."""
 
+import functools
 import json
 import re
 import shutil
 from pathlib import Path
 
+import onnx_ir as ir
 import pytest
 
 from export.checkpoint import open_checkpoint
@@ -29,9 +31,13 @@ def told(**options: object) -> Quantization:
 def shaped(target: Target, quantization: Quantization, said: list[str] | None = None) -> Target:
     progress = [].append if said is None else said.append
     checkpoint = open_checkpoint(REFERENCE)
-    traced = trace(checkpoint)
-    with quantized_as_told(target, quantization, checkpoint, traced, progress) as result:
+    with quantized_as_told(target, quantization, checkpoint, traced(), progress) as result:
         return result
+
+
+@functools.cache
+def traced() -> ir.Model:
+    return trace(open_checkpoint(REFERENCE))
 
 
 def test_nothing_told_changes_nothing() -> None:
